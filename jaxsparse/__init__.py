@@ -1,0 +1,41 @@
+"""Sparse and block-diagonal linear layers for JAX, Flax and, through `torch_bridge`, PyTorch."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from jaxsparse.formats import BlockPattern
+from jaxsparse.ops import block_diag_matmul, sddmm, spmm
+
+if TYPE_CHECKING:
+    from jaxsparse.linen import BlockDiagDense, BlockSparseDense, SparseDense
+    from jaxsparse.nnx import BlockDiagLinear, BlockSparseLinear, SparseLinear
+
+__version__ = "0.1.0"
+__all__ = [
+    "BlockDiagDense",
+    "BlockDiagLinear",
+    "BlockPattern",
+    "BlockSparseDense",
+    "BlockSparseLinear",
+    "SparseDense",
+    "SparseLinear",
+    "block_diag_matmul",
+    "sddmm",
+    "spmm",
+]
+
+# Resolved at first use, so that `import jaxsparse` imports neither Flax nor torch.
+_LAYERS = {
+    **dict.fromkeys(("BlockDiagDense", "BlockSparseDense", "SparseDense"), "jaxsparse.linen"),
+    **dict.fromkeys(("BlockDiagLinear", "BlockSparseLinear", "SparseLinear"), "jaxsparse.nnx"),
+}
+
+
+def __getattr__(name: str):
+    if name in _LAYERS:
+        return getattr(importlib.import_module(_LAYERS[name]), name)
+    raise AttributeError(f"module 'jaxsparse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

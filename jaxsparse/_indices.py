@@ -1,0 +1,142 @@
+"""The index arrays of a pattern: checked and sorted on the host, or drawn at random under a trace."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+INT32_MAX = 2**31 - 1
+
+
+class Index(NamedTuple):
+    """The five int32 arrays of a pattern, as kernels read them; `BlockPattern` says what each holds."""
+
+    col_ptr: Int[Array, "cols+1"]
+    row_index: Int[Array, " nnzb"]
+    row_ptr: Int[Array, "rows+1"]
+    col_index: Int[Array, " nnzb"]
+    order: Int[Array, " nnzb"]
+
+
+def stored_columns(index: Index) -> Int[Array, " nnzb"]:
+    """The block column of every stored entry. A scatter: four times cheaper than repeating col_ptr."""
+    return jnp.zeros_like(index.order).at[index.order].set(index.col_index, unique_indices=True)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def stratified(key: jax.Array, grid: tuple[int, int], count: int) -> Index:
+    """`count` entries over a grid, equal columns to within one; a column of k draws one row from each of
+    k strata. The strata are equal to within one row, and a random phase per column moves the larger ones.
+    """
+    rows, cols = grid
+    per, extra = divmod(count, cols)  # the first `extra` columns take one more
+    per_column = per + (jnp.arange(cols, dtype=jnp.int32) < extra)
+    start = jnp.arange(cols + 1, dtype=jnp.int32)
+    col_ptr = start * per + jnp.minimum(start, extra)
+    entry = jnp.arange(count, dtype=jnp.int32)
+    first, rest = entry // (per + 1), extra + (entry - extra * (per + 1)) // max(per, 1)
+    entry_col = jnp.where(entry < extra * (per + 1), first, rest)
+    k = per_column[entry_col]
+    slot = entry - col_ptr[entry_col]
+    phase_key, row_key = jax.random.split(key)
+    phase = jax.random.randint(phase_key, (cols,), 0, jnp.maximum(per_column, 1))[entry_col]
+    # floor((s * rows + phase) / k) without the product that overflows int32 first
+    if per < 2**16 - 1:
+        s, larger, phase, k32 = (a.astype(jnp.uint32) for a in (slot, rows % k, phase, k))
+        low, high = ((t * larger + phase) // k32 for t in (s, s + 1))
+    else:  # the larger strata come first
+        low, high = (jnp.minimum(t, rows % k) for t in (slot, slot + 1))
+    low, high = (t * (rows // k) + x.astype(jnp.int32) for t, x in ((slot, low), (slot + 1, high)))
+    row_index = jax.random.randint(row_key, (count,), low, high)
+    sorted_rows, order = jax.lax.sort_key_val(row_index, entry)
+    row_ptr = jnp.searchsorted(sorted_rows, jnp.arange(rows + 1, dtype=jnp.int32)).astype(jnp.int32)
+    return Index(col_ptr, row_index, row_ptr, entry_col[order], order)
+
+
+def from_sorted(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> Index:
+    """The index arrays of coordinates that are sorted by column, computed on the host."""
+    order = np.argsort(rows, kind="stable")
+    bounds = ((cols, grid[1]), (rows, grid[0]))
+    col_ptr, row_ptr = (np.searchsorted(np.sort(a), np.arange(n + 1)) for a, n in bounds)
+    return Index(*(jnp.asarray(a, jnp.int32) for a in (col_ptr, rows, row_ptr, cols[order], order)))
+
+
+def check_indices(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> None:
+    """Raises ValueError unless (rows, cols) are integers, in range, unique and sorted by column, then row."""
+    if rows.ndim != 1 or rows.shape != cols.shape:
+        raise ValueError(f"rows and cols are vectors of one length, got {rows.shape} and {cols.shape}.")
+    for name, index, size in (("row", rows, grid[0]), ("column", cols, grid[1])):
+        if index.size and index.dtype.kind not in "iu":
+            raise ValueError(f"{name} indices must be integers, got {index.dtype}.")
+        bad = np.flatnonzero((index < 0) | (index >= size))
+        if bad.size:
+            raise ValueError(
+                f"{name} index {index[bad[0]]} at position {bad[0]} is outside 0 to {size - 1} "
+                f"({bad.size} such entries); indices count blocks, not features."
+            )
+    if rows.size > INT32_MAX:
+        raise ValueError(f"{rows.size} entries are more than int32 can index ({INT32_MAX}).")
+    step = np.diff(cols.astype(np.int64) * grid[0] + rows.astype(np.int64))
+    if (step <= 0).any():
+        k = int(np.argmax(step <= 0))
+        what = "duplicate" if step[k] == 0 else "unsorted"
+        raise ValueError(
+            f"{what} entries at positions {k} and {k + 1}: ({rows[k]}, {cols[k]}), "
+            f"({rows[k + 1]}, {cols[k + 1]}). Sort by column, then row: order = np.lexsort((rows, cols)); "
+            "the values must be put in the same order, and duplicates summed."
+        )
+
+
+def as_pair(block) -> tuple[int, int]:
+    """(i, o) of a block given as a pair or as one int."""
+    try:
+        i, o = (operator.index(size) for size in ((block, block) if np.ndim(block) == 0 else block))
+    except (TypeError, ValueError):
+        raise ValueError(f"block={block!r} is neither an int nor a pair of ints.") from None
+    if i < 1 or o < 1:
+        raise ValueError(f"block=({i}, {o}) must be at least (1, 1).")
+    return i, o
+
+
+def check_sizes(shape, block) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shape and block as pairs of ints, or a ValueError that says what does not fit."""
+    try:
+        rows, cols = (operator.index(size) for size in shape)
+    except (TypeError, ValueError):
+        raise ValueError(f"shape={shape!r} is not a pair of ints (in, out).") from None
+    block = as_pair(block)
+    for name, size, b in (("in", rows, block[0]), ("out", cols, block[1])):
+        if not 1 <= size <= INT32_MAX:
+            raise ValueError(f"{name}={size} is outside 1 to {INT32_MAX}: indices are int32.")
+        if b > size:
+            raise ValueError(
+                f"a block of {block} is larger than the matrix {(rows, cols)}: {b} > {name}={size}. "
+                f"Use a block of at most {(min(block[0], rows), min(block[1], cols))}."
+            )
+    return (rows, cols), block
+
+
+def grid_of(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+    """Blocks along (in, out), the padded ones at the edge included."""
+    return -(-shape[0] // block[0]), -(-shape[1] // block[1])
+
+
+def count_kept(density: float, blocks: int) -> int:
+    """How many of `blocks` a density keeps: round(density * blocks), checked against int32."""
+    if not 0 <= density <= 1:
+        raise ValueError(
+            f"density={density} is outside [0, 1]: it is the fraction of the weights that is kept."
+        )
+    count = round(float(density) * blocks)
+    if count > INT32_MAX:
+        raise ValueError(
+            f"density={density} of {blocks} blocks keeps {count}, more than int32 can index ({INT32_MAX}). "
+            "Use larger blocks, a lower density, or split the matrix."
+        )
+    return count

@@ -1,0 +1,99 @@
+"""Patterns and values to and from the sparse matrices of SciPy and of `jax.experimental.sparse`."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse._indices import Index
+from jaxsparse.formats import BlockPattern
+
+
+def from_scipy(m):
+    import scipy.sparse
+
+    if not scipy.sparse.issparse(m) or m.ndim != 2:
+        raise ValueError(f"from_scipy wants a two-dimensional SciPy sparse matrix, got {type(m).__name__}.")
+    if m.format != "bsr":
+        m = m.tocoo()
+        return _from_coordinates(m.row, m.col, m.data, m.shape, (1, 1))
+    block_row = np.repeat(np.arange(len(m.indptr) - 1), np.diff(m.indptr))
+    return _from_coordinates(block_row, m.indices, m.data, m.shape, m.blocksize)
+
+
+def to_scipy(pattern: BlockPattern, blocks):
+    import scipy.sparse
+
+    pattern.check_values(blocks)
+    (rows, cols), (i, o) = pattern.shape, pattern.block
+    if (i, o) == (1, 1) or rows % i or cols % o:
+        row, col, data = _entries(pattern, blocks)
+        return scipy.sparse.csr_array((data, (row, col)), shape=pattern.shape)
+    ptr, index, order = _by_row(pattern)
+    values = np.asarray(blocks)[order]
+    values = values.swapaxes(1, 2) if pattern.transposed else values
+    return scipy.sparse.bsr_array((values, index, ptr), shape=pattern.shape)
+
+
+def from_bcoo(m):
+    _check_plain(m, "BCOO")
+    return _from_coordinates(m.indices[:, 0], m.indices[:, 1], m.data, m.shape, (1, 1))
+
+
+def to_bcoo(pattern: BlockPattern, blocks):
+    from jax.experimental import sparse
+
+    row, col, data = _entries(pattern, blocks)
+    indices = jnp.asarray(np.stack([row, col], axis=1), jnp.int32)
+    return sparse.BCOO((jnp.asarray(data), indices), shape=pattern.shape, unique_indices=True)
+
+
+def from_bcsr(m):
+    _check_plain(m, "BCSR")
+    row = np.repeat(np.arange(m.shape[0]), np.diff(np.asarray(m.indptr)))
+    return _from_coordinates(row, m.indices, m.data, m.shape, (1, 1))
+
+
+def to_bcsr(pattern: BlockPattern, blocks):
+    from jax.experimental import sparse
+
+    row, col, data = _entries(pattern, blocks)
+    order = np.lexsort((col, row))
+    indptr = np.searchsorted(row[order], np.arange(pattern.shape[0] + 1))
+    arrays = (jnp.asarray(data[order]), jnp.asarray(col[order], jnp.int32), jnp.asarray(indptr, jnp.int32))
+    return sparse.BCSR(arrays, shape=pattern.shape, indices_sorted=True, unique_indices=True)
+
+
+def _from_coordinates(row, col, data, shape, block):
+    """Any order comes in; duplicates and indices out of range are refused by `from_indices`."""
+    row, col = np.asarray(row), np.asarray(col)
+    order = np.lexsort((row, col))
+    pattern = BlockPattern.from_indices(row[order], col[order], shape=shape, block=block)
+    return pattern, jnp.asarray(np.asarray(data)[order])
+
+
+def _check_plain(m, name: str) -> None:
+    if type(m).__name__ != name or m.n_batch or m.n_dense or m.ndim != 2:
+        what = f"{type(m).__name__} of shape {getattr(m, 'shape', None)}"
+        raise ValueError(f"wanted a {name} matrix of two sparse dimensions and no others, got {what}.")
+
+
+def _by_row(pattern: BlockPattern):
+    """(pointers, column indices, positions in `blocks`) by row of the pattern's own view, on the host."""
+    index = Index(*map(np.asarray, pattern.index))
+    if pattern.transposed:
+        return index.col_ptr, index.row_index, np.arange(pattern.nnzb)
+    return index.row_ptr, index.col_index, index.order
+
+
+def _entries(pattern: BlockPattern, blocks):
+    """(row, col, value) of every stored entry inside the matrix, on the host."""
+    pattern.check_values(blocks)
+    i, o = pattern.block
+    values = np.asarray(blocks).reshape(-1, *((o, i) if pattern.transposed else (i, o)))
+    values = values.swapaxes(1, 2) if pattern.transposed else values
+    row = np.asarray(pattern.rows, np.int64)[:, None, None] * i + np.arange(i)[:, None]
+    col = np.asarray(pattern.cols, np.int64)[:, None, None] * o + np.arange(o)
+    row, col = np.broadcast_arrays(row, col)
+    inside = (row < pattern.shape[0]) & (col < pattern.shape[1])
+    return row[inside], col[inside], values[inside]

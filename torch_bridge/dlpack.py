@@ -1,0 +1,182 @@
+"""Tensors across between torch and JAX: copies for everyone, shared memory for the bridge, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import torch
+from torch import Tensor
+
+_NARROW = {torch.int64: torch.int32, torch.uint64: torch.uint32}
+_LOSSY = {torch.float64: "float()", torch.complex128: "to(torch.complex64)"}
+_IN_NUMPY = frozenset(
+    getattr(torch, name)
+    for name in "float16 float32 float64 complex64 complex128 bool int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
+)
+_ALIGNMENT = 64  # bytes: what JAX wants before it reads a CPU buffer in place
+
+
+class BridgeError(TypeError):
+    """A value that cannot cross between torch and JAX: which one, why, and what to do about it."""
+
+
+def torch_to_jax(tree: Any) -> Any:
+    """Copies every torch tensor in a pytree into a jax.Array; other leaves stay as they are.
+
+    The copies own their memory: writing to the tensors afterwards never changes the arrays.
+
+    Args:
+      tree: any pytree. Tensors must be dense, on cpu or cuda; strides, offsets and lazy negation or
+        conjugation are all fine, and gradients are not followed (that is `jax2torch`).
+    Returns:
+      The same tree with jax.Arrays of the same shape and dtype. Where JAX runs without 64-bit types,
+      int64 becomes int32 (uint64 becomes uint32) after a check that every value fits.
+    Raises:
+      BridgeError: for sparse tensors, for devices that JAX does not share, for integers that do not fit,
+        and for float64 and complex128 unless `jax_enable_x64` is set.
+    """
+    return jax.tree.map(lambda leaf: share(ready(leaf).clone()) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def jax_to_torch(tree: Any) -> Any:
+    """Copies every jax.Array in a pytree into a torch tensor; other leaves stay as they are.
+
+    They are copies because torch tensors are writable and a jax.Array must never change.
+
+    Args:
+      tree: any pytree of concrete arrays, each on one device.
+    Returns:
+      The same tree with tensors of the same shape and dtype, on the array's device.
+    Raises:
+      BridgeError: for PRNG key arrays, tracers, arrays spread over several devices, and dtypes that
+        torch does not have.
+    """
+    return jax.tree.map(lambda leaf: receive(leaf).clone() if isinstance(leaf, jax.Array) else leaf, tree)
+
+
+def ready(t: Tensor) -> Tensor:
+    """`t`, or a copy, in a form that JAX reads in place and reads correctly.
+
+    What JAX would get wrong or do late is done here, by torch, before this returns: lazy negation (a DLPack
+    export loses the sign), strides (refused, or one compilation per layout), misalignment (JAX copies later, in
+    a race with torch's next write), 64-bit types (JAX narrows them without a word).
+    """
+    if t.requires_grad:
+        t = t.detach()
+    _check_kind(t)
+    if t.is_neg() or t.is_conj():
+        t = t.resolve_conj().resolve_neg()
+    if t.dtype in _NARROW and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        t = _narrowed(t)
+    if not t.is_contiguous():
+        t = t.contiguous()
+    if t.device.type == "cpu" and t.data_ptr() % _ALIGNMENT:
+        t = t.clone()
+    return t
+
+
+def operand(t: Tensor) -> Any:
+    """`t` as an argument of a jitted call that is waited for: a view of its memory, or of a `ready` copy."""
+    t = ready(t)
+    if _jax_is_cpu_only() and t.dtype in _IN_NUMPY and t.device.type == "cpu":
+        return t.numpy()  # ten times cheaper than DLPack
+    return share(t)
+
+
+def share(t: Tensor) -> jax.Array:
+    """A jax.Array in the memory of a `ready` tensor."""
+    try:
+        return jax.dlpack.from_dlpack(t)
+    except (BufferError, RuntimeError) as error:
+        raise BridgeError(
+            f"{t.dtype} on {t.device} cannot be shared with JAX ({error}). Convert it first."
+        ) from error
+
+
+def receive(a: jax.Array) -> Tensor:
+    """A fresh result of a jitted call as a tensor that owns it.
+
+    This waits for the whole computation on CPU, and makes torch's stream wait on a GPU: torch cannot write to
+    the operands before JAX has read them.
+    """
+    if isinstance(a, jax.core.Tracer):
+        raise BridgeError(
+            f"{a.dtype}{list(a.shape)} is a tracer: inside jit, grad or vmap there is no array yet to hand to torch. "
+            "Return it, and convert the result outside."
+        )
+    if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+        raise BridgeError(
+            "a PRNG key array has no torch counterpart. Convert jax.random.key_data(key) instead."
+        )
+    if len(a.devices()) > 1:
+        raise BridgeError(
+            f"an array over {len(a.devices())} devices has no torch counterpart. Gather it first: "
+            "jax.device_put(a, jax.devices()[0])."
+        )
+    try:
+        return torch.from_dlpack(a)
+    except (BufferError, RuntimeError, AttributeError) as error:
+        raise BridgeError(f"JAX's {a.dtype} has no torch counterpart ({error}). Convert it first.") from error
+
+
+class Views:
+    """JAX arrays in the memory of the first `size` operands of a call, kept from one call to the next.
+
+    For parameters: an optimizer writes into the memory that the view reads, so the view stays right, and it is
+    given up as soon as the tensor is found elsewhere or of another kind. Copies and pickles start empty.
+    """
+
+    def __init__(self, size: int):
+        self._kept: list[tuple[tuple, jax.Array] | None] = [None] * size
+
+    def __reduce__(self):
+        return Views, (len(self._kept),)
+
+    def operand(self, i: int, t: Tensor) -> Any:
+        """Operand i of a call, by its kept view if it has one."""
+        if i >= len(self._kept) or not t.is_leaf:
+            return operand(t)
+        r = ready(t)
+        place = (r.data_ptr(), r.dtype, r.shape)
+        kept = self._kept[i]
+        if kept is not None and kept[0] == place:
+            return kept[1]
+        view = share(r)
+        is_alias = place[:2] == (t.data_ptr(), t.dtype)  # a copy would go stale
+        self._kept[i] = (place, view) if is_alias else None
+        return view
+
+
+def _check_kind(t: Tensor) -> None:
+    if t.layout is not torch.strided:
+        raise BridgeError(
+            f"a tensor of layout {t.layout} is not dense, and JAX reads only dense memory. Call .to_dense()."
+        )
+    if t.device.type not in ("cpu", "cuda"):
+        hint = "Give it values first (to_empty, load_state_dict)." if t.is_meta else "Move it to cpu or cuda."
+        raise BridgeError(f"a tensor on {t.device} has no memory that JAX can read. {hint}")
+    if t.dtype in _LOSSY and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        raise BridgeError(
+            f"{t.dtype} would lose precision, because JAX runs with 64-bit types disabled. Convert it yourself with "
+            f".{_LOSSY[t.dtype]}, or call jax.config.update('jax_enable_x64', True) at start-up."
+        )
+
+
+def _narrowed(t: Tensor) -> Tensor:
+    """A 64-bit integer tensor in 32 bits, if nothing is lost."""
+    narrow = t.to(_NARROW[t.dtype])
+    if torch.equal(narrow.to(t.dtype), t):
+        return narrow
+    bits = torch.iinfo(narrow.dtype)
+    bad = t[narrow.to(t.dtype) != t].flatten()
+    raise BridgeError(
+        f"{t.dtype} holds {bad.numel()} values outside {bits.min} to {bits.max}, {bad[0].item()} among them, and JAX "
+        "runs with 64-bit types disabled. Call jax.config.update('jax_enable_x64', True) at start-up to keep them."
+    )
+
+
+@functools.cache
+def _jax_is_cpu_only() -> bool:
+    return jax.default_backend() == "cpu"
