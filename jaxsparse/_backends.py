@@ -13,9 +13,7 @@ def check_name(backend: str | None) -> None:
     """Raises ValueError for a back end that does not exist."""
     if backend is not None and backend not in BACKENDS:
         known = ", ".join(map(repr, BACKENDS))
-        raise ValueError(
-            f"unknown backend {backend!r}: there is {known}, or None for the best that can run here."
-        )
+        raise ValueError(f"unknown backend {backend!r}: there is {known}, or None for the best that can run here.")
 
 
 def call(op: str, backend: str | None, *args, **kwargs):

@@ -17,9 +17,9 @@ INT32_MAX = 2**31 - 1
 class Index(NamedTuple):
     """The five int32 arrays of a pattern, as kernels read them; `BlockPattern` says what each holds."""
 
-    col_ptr: Int[Array, "cols+1"]
+    col_ptr: Int[Array, " cols+1"]
     row_index: Int[Array, " nnzb"]
-    row_ptr: Int[Array, "rows+1"]
+    row_ptr: Int[Array, " rows+1"]
     col_index: Int[Array, " nnzb"]
     order: Int[Array, " nnzb"]
 
@@ -130,9 +130,7 @@ def grid_of(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
 def count_kept(density: float, blocks: int) -> int:
     """How many of `blocks` a density keeps: round(density * blocks), checked against int32."""
     if not 0 <= density <= 1:
-        raise ValueError(
-            f"density={density} is outside [0, 1]: it is the fraction of the weights that is kept."
-        )
+        raise ValueError(f"density={density} is outside [0, 1]: it is the fraction of the weights that is kept.")
     count = round(float(density) * blocks)
     if count > INT32_MAX:
         raise ValueError(

@@ -126,9 +126,7 @@ def _block_slots(x, blocks, index, shape, block, transposed, precision):
     (i, o), m = block, x.shape[0]
     # Features first: a gathered slice is one run of memory, and several slots stack along the contraction.
     xt = _copy(_pad_features(x, grid[0] * i).T).reshape(grid[0], i, m)
-    stacked = max(
-        32 // i, 2 if i < 128 else 1
-    )  # measured: 2 gains 20 % for blocks of 16 to 64, 4 gains nothing
+    stacked = max(32 // i, 2 if i < 128 else 1)  # measured: 2 gains 20 % for blocks of 16 to 64, 4 gains nothing
 
     def step(source, entry, acc):
         gathered = xt.at[source].get(mode="fill", fill_value=0).reshape(-1, stacked * i, m)

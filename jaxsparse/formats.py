@@ -43,9 +43,9 @@ class BlockPattern:
       transposed: whether this is a transposed view; the arrays then still describe the stored matrix.
     """
 
-    col_ptr: Int[Array, "cols+1"]
+    col_ptr: Int[Array, " cols+1"]
     row_index: Int[Array, " nnzb"]
-    row_ptr: Int[Array, "rows+1"]
+    row_ptr: Int[Array, " rows+1"]
     col_index: Int[Array, " nnzb"]
     order: Int[Array, " nnzb"]
     shape: tuple[int, int]
@@ -56,9 +56,7 @@ class BlockPattern:
     # every tool that compares tree paths (Orbax takes static fields from its target, unchecked).
     def tree_flatten_with_keys(self):
         sizes = "{}x{}_by_{}x{}".format(*self.shape, *self.block) + "_T" * self.transposed
-        leaves = [
-            (jax.tree_util.GetAttrKey(f"{name}_{sizes}"), getattr(self, name)) for name in Index._fields
-        ]
+        leaves = [(jax.tree_util.GetAttrKey(f"{name}_{sizes}"), getattr(self, name)) for name in Index._fields]
         return leaves, (self.shape, self.block, self.transposed)
 
     @classmethod
@@ -109,9 +107,7 @@ class BlockPattern:
     @property
     def T(self) -> BlockPattern:
         """The pattern of the transposed matrix: a view of the same arrays and the same `blocks`."""
-        return dataclasses.replace(
-            self, shape=self.shape[::-1], block=self.block[::-1], transposed=not self.transposed
-        )
+        return dataclasses.replace(self, shape=self.shape[::-1], block=self.block[::-1], transposed=not self.transposed)
 
     @property
     def index(self) -> Index:
@@ -160,9 +156,7 @@ class BlockPattern:
         return cls(*_indices.stratified(key, grid, count), shape, block)
 
     @classmethod
-    def from_indices(
-        cls, rows, cols, *, shape: tuple[int, int], block: int | tuple[int, int] = (1, 1)
-    ) -> BlockPattern:
+    def from_indices(cls, rows, cols, *, shape: tuple[int, int], block: int | tuple[int, int] = (1, 1)) -> BlockPattern:
         """The pattern with blocks at (rows[k], cols[k]), in block units, sorted by column, then by row.
 
         Raises:
@@ -179,17 +173,13 @@ class BlockPattern:
         """The pattern of the blocks in which any entry of `mask`, elementwise and (in, out), is set."""
         mask = np.asarray(mask)
         if mask.ndim != 2:
-            raise ValueError(
-                f"a mask is a matrix (in, out), got {mask.ndim} dimensions of shape {mask.shape}."
-            )
+            raise ValueError(f"a mask is a matrix (in, out), got {mask.ndim} dimensions of shape {mask.shape}.")
         shape, block = check_sizes(mask.shape, block)
         cols, rows = np.nonzero(_cut(mask != 0, block).any(axis=(1, 3)).T)
         return cls.from_indices(rows, cols, shape=shape, block=block)
 
     @classmethod
-    def from_dense(
-        cls, w, *, density: float, block: int | tuple[int, int] = (1, 1), score=None
-    ) -> BlockPattern:
+    def from_dense(cls, w, *, density: float, block: int | tuple[int, int] = (1, 1), score=None) -> BlockPattern:
         """The pattern of the blocks with the highest score; `gather(w)` then gives their values.
 
         Args:
@@ -210,9 +200,7 @@ class BlockPattern:
             score = np.square(_cut(wide, block)).sum(axis=(1, 3))
         score, grid = np.asarray(score), grid_of(shape, block)
         if score.shape != grid:
-            raise ValueError(
-                f"score has shape {score.shape}, but {shape} in blocks of {block} is a grid of {grid}."
-            )
+            raise ValueError(f"score has shape {score.shape}, but {shape} in blocks of {block} is a grid of {grid}.")
         if np.isnan(score).any():
             raise ValueError(f"score holds {np.isnan(score).sum()} NaN: which blocks to keep is undefined.")
         keep = _highest(score.ravel(), count_kept(density, score.size)).reshape(grid)
@@ -220,9 +208,7 @@ class BlockPattern:
         return cls.from_indices(rows, cols, shape=shape, block=block)
 
     @classmethod
-    def banded(
-        cls, shape: tuple[int, int], bandwidth: int, block: int | tuple[int, int] = (1, 1)
-    ) -> BlockPattern:
+    def banded(cls, shape: tuple[int, int], bandwidth: int, block: int | tuple[int, int] = (1, 1)) -> BlockPattern:
         """The blocks (r, c) with |r - c| <= bandwidth, in block units."""
         shape, block = check_sizes(shape, block)
         if bandwidth < 0:

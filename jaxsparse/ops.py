@@ -179,9 +179,7 @@ _spmm.defvjp(_spmm_fwd, _spmm_bwd)
 def _sddmm(how, x, dy, pattern):
     if pattern.transposed:  # (x^T dy)^T = dy^T x, and values stay as stored
         x, dy, pattern = dy, x, pattern.T
-    return _backends.call(
-        "sddmm", how.backend, x, dy, pattern.index, **_stored(pattern), precision=how.precision
-    )
+    return _backends.call("sddmm", how.backend, x, dy, pattern.index, **_stored(pattern), precision=how.precision)
 
 
 def _sddmm_fwd(how, x, dy, pattern):
@@ -296,9 +294,7 @@ def _check_call(x, others: dict, bias, out: int, activation, precision, backend)
         if jnp.shape(bias) != (out,):
             raise ValueError(f"bias of shape {jnp.shape(bias)} must be ({out},), one number per output.")
     if x.dtype.name not in _DTYPES:
-        raise ValueError(
-            f"x is {x.dtype}, but the products are defined for {', '.join(_DTYPES)}; cast it first."
-        )
+        raise ValueError(f"x is {x.dtype}, but the products are defined for {', '.join(_DTYPES)}; cast it first.")
     for name, other in others.items():
         if other.dtype != x.dtype:
             raise ValueError(

@@ -1,0 +1,114 @@
+"""What the Linen and the NNX layers share: initial values, their arguments, and how a pattern is serialized."""
+
+from __future__ import annotations
+
+import math
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse.formats import BlockPattern
+from jaxsparse.formats import Index as _Index
+
+# ---- initial values ---------------------------------------------------------------------------------
+
+
+def block_diag_values(key, init, shape: tuple[int, int, int], dtype) -> jax.Array:
+    """[n, i, o]: every block is drawn as a dense layer's (i, o) kernel of its own."""
+    return _kernels(key, init, *shape, dtype)
+
+
+def sparse_values(key, init, pattern: BlockPattern, dtype) -> jax.Array:
+    """Values of a pattern, as a dense layer of its mean fan-in and fan-out draws them; zero beyond the edge.
+
+    An initializer reads its fans off the shape it is asked for. So whole kernels of the effective fans are
+    drawn and dealt out, and every initializer keeps its meaning; at density 1 it is the dense kernel itself.
+    """
+    if pattern.density == 1:
+        return pattern.gather(init(key, pattern.shape, dtype))
+    size = math.prod(pattern.values_shape)
+    kernels = -(-size // (pattern.fan_in * pattern.fan_out))
+    values = _kernels(key, init, kernels, pattern.fan_in, pattern.fan_out, dtype)
+    values = values.reshape(-1)[:size].reshape(pattern.values_shape)
+    inside = pattern.edge_mask()
+    return values if inside is None else jnp.where(inside, values, 0)
+
+
+def _kernels(key, init, n: int, fan_in: int, fan_out: int, dtype) -> jax.Array:
+    if n == 1:  # the very numbers that a dense layer draws from this key
+        return init(key, (fan_in, fan_out), dtype)[None]
+    return jax.vmap(lambda key: init(key, (fan_in, fan_out), dtype))(jax.random.split(key, n))
+
+
+# ---- arguments --------------------------------------------------------------------------------------
+
+
+def features_per_block(name: str, features: int, num_blocks: int) -> int:
+    """features / num_blocks, or a ValueError that does the arithmetic."""
+    if num_blocks < 1:
+        raise ValueError(f"num_blocks={num_blocks} must be at least 1.")
+    size, rest = divmod(features, num_blocks)
+    if rest or not size:
+        near = min((n for n in range(1, features + 1) if features % n == 0), key=lambda n: abs(n - num_blocks))
+        raise ValueError(
+            f"{name}={features} is not a whole number of features for each of {num_blocks} blocks: "
+            f"{features} = {size} x {num_blocks} + {rest}. "
+            f"Pad {name} to {num_blocks * (size + 1)}, or use num_blocks={near}."
+        )
+    return size
+
+
+def make_pattern(make_key, shape: tuple[int, int], density, block, pattern, mask) -> BlockPattern:
+    """The pattern of an (in, out) matrix that exactly one of `density`, `pattern` and `mask` asks for."""
+    name = check_one(density, pattern, mask)
+    if name == "density":
+        return BlockPattern.random(make_key(), shape, density=density, block=block)
+    pattern = pattern if name == "pattern" else BlockPattern.from_mask(mask, block)
+    check_fits(pattern, shape, name)
+    return pattern
+
+
+def check_one(density, pattern, mask) -> str:
+    """The name of the one that is given, or a ValueError."""
+    given = [n for n, value in (("density", density), ("pattern", pattern), ("mask", mask)) if value is not None]
+    if len(given) != 1:
+        what = f"got {' and '.join(given)}" if given else "got none of them"
+        raise ValueError(f"give exactly one of density, pattern and mask: {what}.")
+    return given[0]
+
+
+def check_fits(pattern: BlockPattern, shape: tuple[int, int], name: str = "pattern") -> None:
+    """Raises ValueError unless the pattern is of an (in, out) matrix of this shape."""
+    if pattern.shape != shape:
+        remedy = "Transpose it." if pattern.shape == shape[::-1] else f"Make one of shape {shape}."
+        raise ValueError(
+            f"the {name} is of a {pattern.shape} (in, out) matrix, but the layer maps {shape[0]} features "
+            f"to {shape[1]}. {remedy}"
+        )
+
+
+# ---- flax.serialization -------------------------------------------------------------------------------
+
+
+def _sizes(pattern: BlockPattern) -> dict[str, list[int]]:
+    arrays = {name: list(getattr(pattern, name).shape) for name in _Index._fields}
+    return {"shape": list(pattern.shape), "block": list(pattern.block), "transposed": [pattern.transposed], **arrays}
+
+
+def _to_state_dict(pattern: BlockPattern) -> dict:
+    sizes = {name: np.asarray(size, np.int32) for name, size in _sizes(pattern).items() if name not in _Index._fields}
+    return {**pattern.index._asdict(), **sizes}
+
+
+def _from_state_dict(target: BlockPattern, state: dict) -> BlockPattern:
+    found = {name: np.shape(a) if name in _Index._fields else np.asarray(a) for name, a in state.items()}
+    for name, size in _sizes(target).items():
+        if name not in found or list(found[name]) != size:
+            what = f"has {name} {list(map(int, found[name]))}" if name in found else f"lacks {name}"
+            raise ValueError(f"the saved pattern {what}, but the model's {target} has {size}: they don't fit.")
+    return BlockPattern(*(state[name] for name in _Index._fields), target.shape, target.block, target.transposed)
+
+
+flax.serialization.register_serialization_state(BlockPattern, _to_state_dict, _from_state_dict, override=True)

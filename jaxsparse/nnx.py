@@ -1,0 +1,152 @@
+"""The layers of `jaxsparse.linen` for Flax NNX. The pattern is a `Pattern`, a variable that no gradient reaches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from flax.typing import Dtype, Initializer, PrecisionLike
+
+from jaxsparse import _flax, ops
+from jaxsparse.formats import BlockPattern
+
+_kernel_init = nnx.initializers.lecun_normal()
+_bias_init = nnx.initializers.zeros_init()
+
+
+class Pattern(nnx.Variable):
+    """Holds a BlockPattern: read it with `get_value()`, replace it with `set_value(...)`."""
+
+
+class BlockDiagLinear(nnx.Module):
+    """A linear layer whose weight is block-diagonal: `num_blocks` independent layers side by side.
+
+        y[..., n, o] = activation(sum_i  x[..., n, i] * kernel[n, i, o]  +  bias[n, o])
+
+    It has 1/num_blocks of the parameters and of the work of `nnx.Linear`; with one block it is that layer.
+
+    Args:
+      in_features, out_features: sizes, multiples of `num_blocks`.
+      num_blocks: how many blocks, at least 1.
+      use_bias, dtype, param_dtype, precision, kernel_init, bias_init, rngs: as in `nnx.Linear`; the fan-in
+        that `kernel_init` sees is that of one block.
+      activation: "relu", "gelu", "silu" or a function, applied last.
+      backend: a back end by name; None picks the best.
+    Raises:
+      ValueError: if `num_blocks` does not divide both sizes.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_blocks: int,
+        *,
+        use_bias: bool = True,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = _kernel_init,
+        bias_init: Initializer = _bias_init,
+        activation: ops.Activation = None,
+        backend: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        i = _flax.features_per_block("in_features", in_features, num_blocks)
+        o = _flax.features_per_block("out_features", out_features, num_blocks)
+        self.kernel = nnx.Param(_flax.block_diag_values(rngs.params(), kernel_init, (num_blocks, i, o), param_dtype))
+        self.bias = _bias(bias_init, out_features, param_dtype, use_bias, rngs)
+        self.in_features, self.out_features, self.num_blocks = in_features, out_features, num_blocks
+        self.use_bias, self.dtype, self.param_dtype, self.precision = use_bias, dtype, param_dtype, precision
+        self.activation, self.backend = activation, backend
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x, kernel, bias = promote_dtype((x, self.kernel[...], _read(self.bias)), dtype=self.dtype)
+        return ops.block_diag_matmul(
+            x, kernel, bias, activation=self.activation, precision=self.precision, backend=self.backend
+        )
+
+
+class BlockSparseLinear(nnx.Module):
+    """A linear layer of whose weight only some blocks exist: parameters, gradients and moments are O(nnz).
+
+        y = activation(x W + bias),  with the blocks of W in `kernel` [nnzb, i, o], placed by the pattern
+
+    Give exactly one of `density`, `pattern` and `mask`. With density 1 it computes what `nnx.Linear` does.
+
+    Args:
+      in_features, out_features: sizes; neither need be a multiple of the block.
+      density: the fraction of blocks that exist, at random places drawn from `rngs.params()`.
+      block: (i, o), or b for (b, b); a `pattern` brings its own.
+      pattern: a BlockPattern of shape (in_features, out_features).
+      mask: an (in_features, out_features) array; a block exists where any of its entries is set.
+      use_bias, dtype, param_dtype, precision, kernel_init, bias_init, rngs: as in `nnx.Linear`; the fan-in
+        that `kernel_init` sees is the mean number of stored inputs of an output.
+      activation: "relu", "gelu", "silu" or a function, applied last.
+      backend: a back end by name; None picks the best.
+    Raises:
+      ValueError: if none or several of the three are given, or if they are of another shape.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        density: float | None = None,
+        block: int | tuple[int, int] = 32,
+        pattern: BlockPattern | None = None,
+        mask: Any = None,
+        use_bias: bool = True,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = _kernel_init,
+        bias_init: Initializer = _bias_init,
+        activation: ops.Activation = None,
+        backend: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        shape = (in_features, out_features)
+        pattern = _flax.make_pattern(rngs.params, shape, density, block, pattern, mask)
+        self.pattern = Pattern(pattern)
+        self.kernel = nnx.Param(_flax.sparse_values(rngs.params(), kernel_init, pattern, param_dtype))
+        self.bias = _bias(bias_init, out_features, param_dtype, use_bias, rngs)
+        self.in_features, self.out_features = shape
+        self.use_bias, self.dtype, self.param_dtype, self.precision = use_bias, dtype, param_dtype, precision
+        self.activation, self.backend = activation, backend
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x, kernel, bias = promote_dtype((x, self.kernel[...], _read(self.bias)), dtype=self.dtype)
+        return ops.spmm(
+            x,
+            kernel,
+            self.pattern.get_value(),
+            bias,
+            activation=self.activation,
+            precision=self.precision,
+            backend=self.backend,
+        )
+
+
+class SparseLinear(BlockSparseLinear):
+    """`BlockSparseLinear` with a block of (1, 1): single entries exist, and `kernel` is [nnz].
+
+    Args: as for `BlockSparseLinear`, without `block`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs, **options):
+        if "block" in options:
+            raise TypeError("SparseLinear stores single entries and takes no block; BlockSparseLinear does.")
+        super().__init__(in_features, out_features, block=(1, 1), rngs=rngs, **options)
+
+
+def _bias(init: Initializer, features: int, dtype: Dtype, use_bias: bool, rngs: nnx.Rngs):
+    return nnx.Param(init(rngs.params(), (features,), dtype)) if use_bias else nnx.data(None)
+
+
+def _read(variable: nnx.Param | None) -> jax.Array | None:
+    return None if variable is None else variable[...]
