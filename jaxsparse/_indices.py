@@ -36,7 +36,7 @@ def stratified(key: jax.Array, grid: tuple[int, int], count: int) -> Index:
     """
     rows, cols = grid
     per, extra = divmod(count, cols)  # the first `extra` columns take one more
-    per_column = per + (jnp.arange(cols, dtype=jnp.int32) < extra)
+    per_column = jnp.where(jnp.arange(cols, dtype=jnp.int32) < extra, per + 1, per)
     start = jnp.arange(cols + 1, dtype=jnp.int32)
     col_ptr = start * per + jnp.minimum(start, extra)
     entry = jnp.arange(count, dtype=jnp.int32)
@@ -45,7 +45,7 @@ def stratified(key: jax.Array, grid: tuple[int, int], count: int) -> Index:
     k = per_column[entry_col]
     slot = entry - col_ptr[entry_col]
     phase_key, row_key = jax.random.split(key)
-    phase = jax.random.randint(phase_key, (cols,), 0, jnp.maximum(per_column, 1))[entry_col]
+    phase = jax.random.randint(phase_key, (cols,), 0, jnp.maximum(per_column, 1), jnp.int32)[entry_col]
     # floor((s * rows + phase) / k) without the product that overflows int32 first
     if per < 2**16 - 1:
         s, larger, phase, k32 = (a.astype(jnp.uint32) for a in (slot, rows % k, phase, k))
@@ -53,7 +53,7 @@ def stratified(key: jax.Array, grid: tuple[int, int], count: int) -> Index:
     else:  # the larger strata come first
         low, high = (jnp.minimum(t, rows % k) for t in (slot, slot + 1))
     low, high = (t * (rows // k) + x.astype(jnp.int32) for t, x in ((slot, low), (slot + 1, high)))
-    row_index = jax.random.randint(row_key, (count,), low, high)
+    row_index = jax.random.randint(row_key, (count,), low, high, jnp.int32)
     sorted_rows, order = jax.lax.sort_key_val(row_index, entry)
     row_ptr = jnp.searchsorted(sorted_rows, jnp.arange(rows + 1, dtype=jnp.int32)).astype(jnp.int32)
     return Index(col_ptr, row_index, row_ptr, entry_col[order], order)

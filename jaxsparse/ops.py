@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsparse import _backends
-from jaxsparse._xla import ACTIVATIONS
+from jaxsparse._xla import ACTIVATIONS, wide
 from jaxsparse.formats import BlockPattern
 
 Activation = str | Callable[[jax.Array], jax.Array] | None
@@ -24,7 +24,7 @@ _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class _How(NamedTuple):
-    """What is static about a call."""
+    """What is static about a call. The products below are jitted, so that they are one program outside jit too."""
 
     activation: str | None = None
     precision: jax.lax.PrecisionLike = None
@@ -146,6 +146,7 @@ def sddmm(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=(0,), inline=True)
 def _spmm(how, x, blocks, bias, pattern):
     return _backends.call(
         "spmm",
@@ -176,6 +177,7 @@ _spmm.defvjp(_spmm_fwd, _spmm_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=(0,), inline=True)
 def _sddmm(how, x, dy, pattern):
     if pattern.transposed:  # (x^T dy)^T = dy^T x, and values stay as stored
         x, dy, pattern = dy, x, pattern.T
@@ -199,6 +201,7 @@ _sddmm.defvjp(_sddmm_fwd, _sddmm_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=(0,), inline=True)
 def _block_diag(how, x, blocks, bias):
     options = {"bias": bias, "activation": how.activation, "precision": how.precision}
     return _backends.call("block_diag_matmul", how.backend, x, blocks, transposed=how.transposed, **options)
@@ -222,6 +225,7 @@ _block_diag.defvjp(_block_diag_fwd, _block_diag_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _block_diag_outer(how, num_blocks, x, dy):
     return _backends.call("block_diag_outer", how.backend, x, dy, num_blocks, precision=how.precision)
 
@@ -250,7 +254,7 @@ def _stored(pattern: BlockPattern) -> dict[str, tuple[int, int]]:
 def _activate(how: _How, z):
     if how.activation is None:
         return z
-    return ACTIVATIONS[how.activation](z.astype(jnp.promote_types(z.dtype, jnp.float32))).astype(z.dtype)
+    return ACTIVATIONS[how.activation](z.astype(wide(z.dtype))).astype(z.dtype)
 
 
 def _through_activation(how: _How, z, dy):
@@ -262,7 +266,7 @@ def _through_activation(how: _How, z, dy):
 def _bias_gradient(bias, dz):
     if bias is None:
         return None
-    return dz.sum(0, dtype=jnp.promote_types(dz.dtype, jnp.float32)).astype(dz.dtype)
+    return dz.sum(0, dtype=wide(dz.dtype)).astype(dz.dtype)
 
 
 # ---- checks ------------------------------------------------------------------------------------------------

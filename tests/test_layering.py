@@ -1,0 +1,77 @@
+"""Imports point down only: the table of the house, held against every import statement in the source."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NUMERIC = {"jax", "numpy", "jaxtyping"}
+BASE = {"jaxsparse._indices"}
+FORMATS = BASE | {"jaxsparse.formats"}
+OPS = FORMATS | {"jaxsparse.ops"}
+# file -> what it may import beyond the standard library; "scipy" only where a user hands such a matrix in
+TABLE = {
+    "jaxsparse/__init__.py": {"jaxsparse.formats", "jaxsparse.ops", "jaxsparse.linen", "jaxsparse.nnx"},
+    "jaxsparse/_indices.py": NUMERIC,
+    "jaxsparse/formats.py": NUMERIC | BASE | {"jaxsparse._interop", "scipy"},
+    "jaxsparse/_interop.py": NUMERIC | FORMATS | {"scipy"},
+    "jaxsparse/reference.py": {"numpy", "jaxsparse.formats"},
+    "jaxsparse/_xla.py": NUMERIC | BASE,
+    "jaxsparse/_backends.py": {"jax", "jaxsparse._xla"},
+    "jaxsparse/ops.py": NUMERIC | {"jaxsparse.formats", "jaxsparse._backends", "jaxsparse._xla"},
+    "jaxsparse/_flax.py": NUMERIC | {"flax", "jaxsparse.formats"},
+    "jaxsparse/linen.py": NUMERIC | OPS | {"flax", "jaxsparse._flax"},
+    "jaxsparse/nnx.py": NUMERIC | OPS | {"flax", "jaxsparse._flax"},
+    "jaxsparse/testing.py": NUMERIC | {"jaxsparse.formats", "jaxsparse.reference"},
+}
+BRIDGE = {"torch", "torch_bridge", "jaxsparse", "jax", "numpy", "flax"}
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports anywhere, `from jaxsparse import x` as jaxsparse.x."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            module = str(node.module)
+            names |= {f"{module}.{a.name}" for a in node.names} if module == "jaxsparse" else {module}
+    return names
+
+
+def allowed(name: str, table: set[str]) -> bool:
+    top = name.split(".")[0]
+    return top in sys.stdlib_module_names or name in table or (top != "jaxsparse" and top in table)
+
+
+SOURCES = sorted(ROOT.glob("jaxsparse/**/*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_imports_only_what_lies_below_it(path):
+    table = TABLE[str(path.relative_to(ROOT))]
+    assert not {name for name in imported(path) if not allowed(name, table)}
+
+
+def test_the_table_names_only_files_that_exist():
+    assert {str(p.relative_to(ROOT)) for p in SOURCES} == set(TABLE)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("torch_bridge/*.py")), ids=lambda p: p.name)
+def test_the_bridge_imports_downwards(path):
+    tops = {name.split(".")[0] for name in imported(path)}
+    assert tops <= BRIDGE | sys.stdlib_module_names
+
+
+def test_nothing_below_imports_torch():
+    for path in SOURCES:
+        assert not {n for n in imported(path) if n.split(".")[0] in ("torch", "torch_bridge")}, path
+
+
+def test_the_check_sees_a_forbidden_import():
+    assert not allowed("jaxsparse.ops", TABLE["jaxsparse/formats.py"])
+    assert not allowed("flax.linen", TABLE["jaxsparse/ops.py"])
+    assert allowed("jax.numpy", TABLE["jaxsparse/ops.py"])

@@ -1,0 +1,155 @@
+"""Ops against the oracle, the allowed error set by the dense product; and what they refuse."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsparse import _backends, block_diag_matmul, reference, sddmm, spmm, testing
+from jaxsparse.formats import BlockPattern
+
+pytestmark = pytest.mark.usefixtures("strict")
+BACKENDS = list(_backends.BACKENDS)
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+
+
+def check(f, x, weight, bias, dy, pattern):
+    """y, dx, dW and db of f against the oracle, as close as the dense product."""
+    got = jax.jit(functools.partial(testing.value_and_gradients, f))(x, weight, bias, dy)
+    truth = testing.true_products(x, weight, bias, dy, pattern)
+    dense = testing.dense_products(x, weight, bias, dy, pattern)
+    for name, true in truth.items():
+        testing.assert_as_close_as_dense(got[name], true, dense[name], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", testing.CASES, ids=lambda c: c.name)
+def test_spmm_and_its_gradients_match_the_dense_product(case, backend, dtype):
+    pattern = case.pattern
+    f = lambda x, w, b: spmm(x, w, pattern, b, backend=backend)  # noqa: E731
+    check(f, *testing.inputs(case, pattern, dtype), pattern)
+
+
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("case", testing.CASES[::4], ids=lambda c: c.name)
+def test_the_transposed_view_multiplies_by_the_transpose(case, backend):
+    pattern = case.pattern.T
+    f = lambda x, w, b: spmm(x, w, pattern, b, backend=backend)  # noqa: E731
+    check(f, *testing.inputs(case, pattern, jnp.float32), pattern)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", testing.CASES[1:8:2], ids=lambda c: c.name)
+def test_spmm_in_float64(case, backend, x64):
+    pattern = case.pattern
+    check(
+        lambda x, w, b: spmm(x, w, pattern, b, backend=backend), *testing.inputs(case, pattern, jnp.float64), pattern
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape,batch", testing.BLOCK_DIAG_CASES)
+def test_block_diag_matmul_and_its_gradients_match_the_dense_product(shape, batch, backend, dtype):
+    n, i, o = shape
+    pattern = BlockPattern.block_diagonal(n, (i, o))
+    x, blocks, bias, dy = testing.inputs(testing.Case("", lambda: pattern, batch), pattern, dtype)
+    blocks = blocks.reshape(shape)  # a (1, 1) pattern stores [nnz]
+    f = lambda x, w, b: block_diag_matmul(x, w.reshape(shape), b, backend=backend)  # noqa: E731
+    check(f, x, blocks.reshape(pattern.values_shape), bias, dy, pattern)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", testing.CASES[1::3], ids=lambda c: c.name)
+def test_sddmm_is_the_sampled_product(case, backend):
+    for pattern in (case.pattern, case.pattern.T):
+        x, blocks, bias, dy = testing.inputs(case, pattern, jnp.float32)
+        dense = testing.dense_products(x, blocks, bias, dy, pattern)["dW"]
+        got = sddmm(x, dy, pattern, backend=backend)
+        testing.assert_as_close_as_dense(got, reference.sddmm(x, dy, pattern), dense, "sddmm")
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", jnp.tanh])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["tall blocks of 32x16", "wide unstructured"])
+def test_activations_and_their_gradients_match_dense(name, backend, activation):
+    case = next(c for c in testing.CASES if c.name == name)
+    pattern, act = case.pattern, getattr(jax.nn, activation) if isinstance(activation, str) else activation
+    x, blocks, bias, dy = testing.inputs(case, pattern, jnp.float32)
+    got = testing.value_and_gradients(
+        lambda x, w, b: spmm(x, w, pattern, b, activation=activation, backend=backend), x, blocks, bias, dy
+    )
+    want = testing.value_and_gradients(lambda x, w, b: act(x @ pattern.to_dense(w) + b), x, blocks, bias, dy)
+    for key in got:
+        np.testing.assert_allclose(got[key], want[key], rtol=1e-5, atol=2e-5 * float(abs(want[key]).max()))
+    n_blocks = testing.normal(1, (4, pattern.shape[0] // 4, 8), jnp.float32)
+    n_bias, x = testing.normal(2, (32,), jnp.float32), x[:, : 4 * (pattern.shape[0] // 4)]
+    y = block_diag_matmul(x, n_blocks, n_bias, activation=activation, backend=backend)
+    np.testing.assert_allclose(y, act(reference.block_diag_matmul(x, n_blocks) + n_bias), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_beyond_the_edge_are_ignored_and_get_no_gradient(backend):
+    pattern = BlockPattern.random(jax.random.key(0), (50, 33), density=1.0, block=(16, 8))
+    clean = pattern.gather(testing.normal(0, (50, 33), jnp.float32))
+    dirty = jnp.where(pattern.edge_mask(), clean, 99.0)
+    x = testing.normal(1, (6, 50), jnp.float32)
+    for p, x in ((pattern, x), (pattern.T, testing.normal(1, (6, 33), jnp.float32))):
+        np.testing.assert_array_equal(spmm(x, clean, p, backend=backend), spmm(x, dirty, p, backend=backend))
+    grad = jax.grad(lambda w: (spmm(x, w, pattern.T, backend=backend) ** 2).sum())(clean)
+    assert not np.asarray(grad)[~np.asarray(pattern.edge_mask())].any()
+
+
+def test_one_block_is_a_dense_product():
+    x, w = testing.normal(0, (5, 24), jnp.float32), testing.normal(1, (24, 16), jnp.float32)
+    np.testing.assert_allclose(block_diag_matmul(x, w[None]), x @ w, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_inputs_give_the_same_bits(dtype):
+    case = testing.CASES[6]
+    x, w, b, dy = testing.inputs(case, case.pattern, dtype)
+    f = jax.jit(lambda: testing.value_and_gradients(lambda x, w, b: spmm(x, w, case.pattern, b), x, w, b, dy))
+    first = f()
+    for _ in range(3):
+        jax.tree.map(np.testing.assert_array_equal, f(), first)
+
+
+# ---- what is refused ------------------------------------------------------------------------------
+
+P = BlockPattern.random(jax.random.key(0), (48, 32), density=0.5, block=16)
+X, W, B = (jnp.ones(shape) for shape in ((4, 48), P.values_shape, (32,)))
+REFUSED = {
+    "wrong features": (lambda: spmm(X[:, :40], W, P), r"\(4, 40\) must have 48 features"),
+    "a scalar": (lambda: spmm(jnp.float32(1), W, P), "48 features"),
+    "wrong values": (lambda: spmm(X, W[:2], P), r"\(2, 16, 16\), but the pattern stores \(3, 16, 16\)"),
+    "wrong bias": (lambda: spmm(X, W, P, B[:30]), r"bias of shape \(30,\) must be \(32,\)"),
+    "mixed dtypes": (lambda: spmm(X.astype(jnp.bfloat16), W, P), "x is bfloat16 and blocks float32"),
+    "mixed bias": (lambda: spmm(X, W, P, B.astype(jnp.float16)), "x is float32 and bias float16"),
+    "integers": (lambda: spmm(X.astype(int), W.astype(int), P), "int32, but the products are defined for"),
+    "complex": (lambda: spmm(X.astype(complex), W.astype(complex), P), "complex64, but the products"),
+    "no pattern": (lambda: spmm(X, W, np.ones((48, 32))), "ndarray, not a BlockPattern.*from_mask"),
+    "unknown back end": (lambda: spmm(X, W, P, backend="tpu"), "unknown backend 'tpu'.*'xla'"),
+    "unknown activation": (lambda: spmm(X, W, P, activation="swish"), "unknown activation 'swish'.*'silu'"),
+    "a stack of patterns": (lambda: spmm(X, W, jax.tree.map(lambda a: a[None], P)), "1 leading axes"),
+    "sddmm features": (lambda: sddmm(X, X, P), r"dy of shape \(4, 48\) must have 32 features"),
+    "sddmm batch": (lambda: sddmm(X, jnp.ones((5, 32)), P), "share their leading dimensions"),
+    "sddmm dtypes": (lambda: sddmm(X, jnp.ones((4, 32), jnp.float16), P), "dy float16"),
+    "block-diagonal features": (lambda: block_diag_matmul(X, jnp.ones((4, 10, 8))), "4 x 10 = 40"),
+    "flat blocks": (lambda: block_diag_matmul(X, jnp.ones((48, 8))), r"\[num_blocks, i, o\]"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_raises_with_the_numbers(name):
+    call, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_forward_mode_is_refused_by_jax():
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(lambda x: spmm(x, W, P), (X,), (X,))
