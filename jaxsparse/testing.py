@@ -97,7 +97,9 @@ def normal(seed: int, shape: tuple[int, ...], dtype) -> jax.Array:
 def inputs(case: Case, pattern: BlockPattern, dtype) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """(x, blocks, bias, dy) of a case, blocks zero beyond the matrix's edge."""
     ones = np.ones((1, pattern.shape[0])), np.ones((1, pattern.shape[1]))
-    blocks = jnp.asarray(np.asarray(normal(1, pattern.values_shape, dtype)) * reference.sddmm(*ones, pattern).astype(dtype))
+    blocks = jnp.asarray(
+        np.asarray(normal(1, pattern.values_shape, dtype)) * reference.sddmm(*ones, pattern).astype(dtype)
+    )
     x, dy = normal(0, (*case.batch, pattern.shape[0]), dtype), normal(3, (*case.batch, pattern.shape[1]), dtype)
     return x, blocks, normal(2, (pattern.shape[1],), dtype), dy
 
