@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import flax.serialization
@@ -108,7 +109,7 @@ def _from_state_dict(target: BlockPattern, state: dict) -> BlockPattern:
         if name not in found or list(found[name]) != size:
             what = f"has {name} {list(map(int, found[name]))}" if name in found else f"lacks {name}"
             raise ValueError(f"the saved pattern {what}, but the model's {target} has {size}: they don't fit.")
-    return BlockPattern(*(state[name] for name in _Index._fields), target.shape, target.block, target.transposed)
+    return dataclasses.replace(target, **{name: state[name] for name in _Index._fields})
 
 
 flax.serialization.register_serialization_state(BlockPattern, _to_state_dict, _from_state_dict, override=True)

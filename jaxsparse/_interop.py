@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse._indices import Index
 from jaxsparse.formats import BlockPattern
 
 
@@ -50,7 +49,7 @@ def to_bcoo(pattern: BlockPattern, blocks):
 
 def from_bcsr(m):
     _check_plain(m, "BCSR")
-    row = np.repeat(np.arange(m.shape[0]), np.diff(np.asarray(m.indptr)))
+    row = np.repeat(np.arange(m.shape[0]), np.diff(np.asarray(m.indptr, np.int64)))
     return _from_coordinates(row, m.indices, m.data, m.shape, (1, 1))
 
 
@@ -80,10 +79,10 @@ def _check_plain(m, name: str) -> None:
 
 def _by_row(pattern: BlockPattern):
     """(pointers, column indices, positions in `blocks`) by row of the pattern's own view, on the host."""
-    index = Index(*map(np.asarray, pattern.index))
+    col_ptr, row_index, row_ptr, col_index, order = (np.asarray(a) for a in pattern.index)
     if pattern.transposed:
-        return index.col_ptr, index.row_index, np.arange(pattern.nnzb)
-    return index.row_ptr, index.col_index, index.order
+        return col_ptr, row_index, np.arange(pattern.nnzb)
+    return row_ptr, col_index, order
 
 
 def _entries(pattern: BlockPattern, blocks):

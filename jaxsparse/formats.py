@@ -153,7 +153,7 @@ class BlockPattern:
         shape, block = check_sizes(shape, block)
         grid = grid_of(shape, block)
         count = count_kept(density, grid[0] * grid[1])
-        return cls(*_indices.stratified(key, grid, count), shape, block)
+        return cls._of(_indices.stratified(key, grid, count), shape, block)
 
     @classmethod
     def from_indices(cls, rows, cols, *, shape: tuple[int, int], block: int | tuple[int, int] = (1, 1)) -> BlockPattern:
@@ -166,7 +166,7 @@ class BlockPattern:
         rows, cols = np.asarray(rows), np.asarray(cols)
         grid = grid_of(shape, block)
         _indices.check_indices(rows, cols, grid)
-        return cls(*_indices.from_sorted(rows, cols, grid), shape, block)
+        return cls._of(_indices.from_sorted(rows, cols, grid), shape, block)
 
     @classmethod
     def from_mask(cls, mask, block: int | tuple[int, int] = (1, 1)) -> BlockPattern:
@@ -226,6 +226,10 @@ class BlockPattern:
         i, o = as_pair(block)
         n = np.arange(operator.index(num_blocks))
         return cls.from_indices(n, n, shape=(num_blocks * i, num_blocks * o), block=(i, o))
+
+    @classmethod
+    def _of(cls, index: Index, shape: tuple[int, int], block: tuple[int, int]) -> BlockPattern:
+        return cls(**index._asdict(), shape=shape, block=block)
 
     def union(self, other: BlockPattern) -> BlockPattern:
         """The pattern of the blocks that either has; both must be concrete, of one shape and block."""
@@ -324,7 +328,7 @@ class BlockPattern:
         return _interop.to_bcsr(self, blocks)
 
 
-def _cut(w, block: tuple[int, int]):
+def _cut(w, block: tuple[int, int]) -> Any:
     """A matrix, zero-padded to whole blocks, as [grid_in, i, grid_out, o]."""
     (rows, cols), (i, o) = w.shape, block
     xp = np if isinstance(w, np.ndarray) else jnp

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,7 @@ def block_diag_matmul(
     n, i, o = blocks.shape
     _check_features(x, n * i, f"{n} blocks of {i} inputs: {n} x {i} = {n * i}")
     how, after = _check_call(x, {"blocks": blocks}, bias, n * o, activation, precision, backend)
-    y = _block_diag(how, x.reshape(math.prod(x.shape[:-1]), n * i), blocks, bias)
+    y: Any = _block_diag(how, x.reshape(math.prod(x.shape[:-1]), n * i), blocks, bias)
     return after(y.reshape(*x.shape[:-1], n * o))
 
 
@@ -106,7 +106,7 @@ def spmm(
     _check_features(x, pattern.shape[0], f"the pattern's matrix is {pattern.shape} (in, out)")
     pattern.check_values(blocks)
     how, after = _check_call(x, {"blocks": blocks}, bias, pattern.shape[1], activation, precision, backend)
-    y = _spmm(how, x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), blocks, bias, pattern)
+    y: Any = _spmm(how, x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), blocks, bias, pattern)
     return after(y.reshape(*x.shape[:-1], pattern.shape[1]))
 
 

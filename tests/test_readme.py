@@ -1,0 +1,43 @@
+"""The README's code runs, block after block, in one namespace; code by line 8; links lead somewhere."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+import jaxsparse
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_the_code_blocks_run_in_order(capsys):
+    namespace: dict = {}
+    without_torch = [code for code in BLOCKS if "import torch" not in code]
+    for code in without_torch:
+        exec(compile(code, "README.md", "exec"), namespace)
+    promised = re.findall(r"print\(.*#\s*(.*)", "".join(without_torch))
+    assert capsys.readouterr().out.split("\n")[:-1] == promised
+    if not importlib.util.find_spec("torch"):
+        pytest.skip("torch is not installed: the README's PyTorch block did not run")
+    for code in BLOCKS:
+        if code not in without_torch:
+            exec(compile(code, "README.md", "exec"), namespace)
+
+
+def test_runnable_code_starts_by_line_8():
+    lines = TEXT.split("\n")
+    assert any(line.startswith(("import", "from")) for line in lines[:8])
+
+
+def test_links_lead_to_files():
+    for target in re.findall(r"\]\(([^)#:]+)\)", TEXT):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_public_name_is_in_the_table():
+    for name in jaxsparse.__all__:
+        assert f"`{name}`" in TEXT, name
+        assert getattr(jaxsparse, name)
