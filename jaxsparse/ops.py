@@ -291,7 +291,7 @@ def _check_features(x, features: int, why: str, name: str = "x") -> None:
         )
 
 
-def _check_call(x, others: dict, bias, out: int, activation, precision, backend):
+def _check_call(x, others: dict, bias, out: int, activation, precision, backend) -> tuple[_How, Callable[[Any], Any]]:
     """The static part of a checked call, and what to do to its result (an activation given as a function)."""
     if bias is not None:
         others = {**others, "bias": bias}

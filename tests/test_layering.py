@@ -26,7 +26,19 @@ TABLE = {
     "jaxsparse/nnx.py": NUMERIC | OPS | {"flax", "jaxsparse._flax"},
     "jaxsparse/testing.py": NUMERIC | {"jaxsparse.formats", "jaxsparse.reference"},
 }
-BRIDGE = {"torch", "torch_bridge", "jaxsparse", "jax", "numpy", "flax"}
+PACKAGES = {"jaxsparse", "torch_bridge"}
+FOREIGN = {"torch", "jax", "numpy", "flax"}
+BRIDGE = {
+    "__init__.py": {"autograd", "dlpack", "module", "nn"},
+    "dlpack.py": set(),
+    "flat_op.py": set(),
+    "autograd.py": {"dlpack", "flat_op"},
+    "_linen.py": {"dlpack"},
+    "_nnx.py": {"dlpack", "_linen"},
+    "module.py": {"autograd", "dlpack", "_linen", "_nnx"},
+    "nn.py": {"autograd", "dlpack"},
+}
+SPARSE = {"jaxsparse._flax", "jaxsparse.formats", "jaxsparse.ops"}  # only the layers know jaxsparse
 
 
 def imported(path: Path) -> set[str]:
@@ -38,7 +50,7 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
             module = str(node.module)
-            names |= {f"{module}.{a.name}" for a in node.names} if module == "jaxsparse" else {module}
+            names |= {f"{module}.{a.name}" for a in node.names} if module in PACKAGES else {module}
     return names
 
 
@@ -62,8 +74,9 @@ def test_the_table_names_only_files_that_exist():
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("torch_bridge/*.py")), ids=lambda p: p.name)
 def test_the_bridge_imports_downwards(path):
-    tops = {name.split(".")[0] for name in imported(path)}
-    assert tops <= BRIDGE | sys.stdlib_module_names
+    table = {f"torch_bridge.{name}" for name in BRIDGE[path.name]} | (SPARSE if path.name == "nn.py" else set())
+    names = {name for name in imported(path) if name.split(".")[0] not in FOREIGN | sys.stdlib_module_names}
+    assert names <= table
 
 
 def test_nothing_below_imports_torch():

@@ -1,6 +1,18 @@
-"""PyTorch on top of JAX: functions, Flax models and sparse layers as torch functions and modules with gradients."""
+"""PyTorch on top of JAX: functions, Flax models and sparse layers that torch calls and trains."""
 
 from torch_bridge.autograd import jax2torch
 from torch_bridge.dlpack import BridgeError, jax_to_torch, torch_to_jax
+from torch_bridge.module import FlaxModule, from_flax
+from torch_bridge.nn import BlockDiagLinear, BlockSparseLinear, SparseLinear
 
-__all__ = ["BridgeError", "jax2torch", "jax_to_torch", "torch_to_jax"]
+__all__ = [
+    "BlockDiagLinear",
+    "BlockSparseLinear",
+    "BridgeError",
+    "FlaxModule",
+    "SparseLinear",
+    "from_flax",
+    "jax2torch",
+    "jax_to_torch",
+    "torch_to_jax",
+]

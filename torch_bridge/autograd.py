@@ -19,7 +19,8 @@ from torch_bridge.dlpack import BridgeError, Views, operand, receive
 from torch_bridge.flat_op import FlatOp, Mask, Out
 
 _MANY_VARIANTS = 16
-_NO_VIEWS = Views(0)
+_NO_VIEWS = Views()
+_engine = getattr(torch._C, "_autograd", None)
 
 
 def jax2torch(fn: Callable) -> Callable:
@@ -28,20 +29,21 @@ def jax2torch(fn: Callable) -> Callable:
         f = jax2torch(lambda x, w: jnp.tanh(x @ w))
         f(x, w).sum().backward()
 
-    It is compiled by `jax.jit` once per shape; backward runs a compiled pullback on residuals that the forward
-    kept, computes only the gradients that are wanted, and can be differentiated again, to any order.
+    It is compiled by `jax.jit` once per shape; backward runs a compiled pullback on residuals that the
+    forward kept, computes only the gradients that are wanted, and can be differentiated again, to any order.
 
     Args:
-      fn: a traceable function. Of its arguments, nested and keyword arguments included, tensors, NumPy arrays and
-        jax.Arrays are traced; everything else is a compile-time constant and must be hashable.
+      fn: a traceable function. Of its arguments, nested and keyword arguments included, tensors, NumPy arrays
+        and jax.Arrays are traced; everything else is a compile-time constant and must be hashable.
     Returns:
-      A function of the same arguments. Its result has the structure of `fn`'s, with a tensor for every leaf, in
-      memory of its own. int64 arguments arrive as int32 after a check that they fit, unless JAX runs with 64-bit
-      types. Integer outputs carry no gradient. Complex gradients follow torch's convention.
-      As in torch, an argument that is changed in place before backward raises there; all arguments are watched.
+      A function of the same arguments. Its result has the structure of `fn`'s, with a tensor for every leaf,
+      in memory of its own. int64 arguments arrive as int32 after a check that they fit, unless JAX runs with
+      64-bit types. Integer outputs carry no gradient. Complex gradients follow torch's convention.
+      As in torch, an argument that is changed in place before backward raises there; all arguments are
+      watched.
     Raises:
-      BridgeError: for an argument that cannot cross (sparse, float64 without x64, ...) or is not hashable, and
-        under torch.func transforms and forward-mode differentiation.
+      BridgeError: for an argument that cannot cross (sparse, float64 without x64, ...) or is not hashable,
+        and under torch.func transforms and forward-mode differentiation.
     """
     traced = TracedFunction(fn, getattr(fn, "__name__", type(fn).__name__))
 
@@ -57,7 +59,8 @@ class TracedFunction:
 
     Attributes:
       name: for messages.
-      leading: names of the first tensors, for messages; those after are named by their place in the arguments.
+      leading: names of the first tensors, for messages; those after are named by their place in the
+        arguments.
       skip: how many positional arguments are not the user's own.
     """
 
@@ -93,8 +96,9 @@ class TracedFunction:
                 op = self.ops.setdefault(key, self._make(key))
             if len(self.ops) == _MANY_VARIANTS:
                 warnings.warn(
-                    f"{self.name} has been compiled for {_MANY_VARIANTS} different argument structures or constants. "
-                    "Python numbers are compile-time constants here: pass torch.tensor(...) for values that vary.",
+                    f"{self.name} has been compiled for {_MANY_VARIANTS} different argument structures or "
+                    "constants. Python numbers are compile-time constants here: pass torch.tensor(...) for "
+                    "values that vary.",
                     stacklevel=4,
                 )
         return op
@@ -134,10 +138,8 @@ def run(op: FlatOp, tensors: Sequence[Tensor], views: Views = _NO_VIEWS) -> Any:
     return jax.tree.unflatten(tree, outputs)
 
 
-def operands(
-    op: FlatOp, tensors: Sequence[Tensor], views: Views, places: Sequence[int] | None = None
-) -> list:
-    """Tensors as operands of the jitted functions of `op`; `places` are their operand numbers if not 0, 1, ..."""
+def operands(op: FlatOp, tensors: Sequence[Tensor], views: Views, places: Sequence[int] | None = None) -> list:
+    """Tensors as operands of the jitted functions of `op`; `places` are their numbers, if not 0, 1, ..."""
     arrays = []
     for i, t in zip(places or range(len(tensors)), tensors, strict=True):
         try:
@@ -170,9 +172,7 @@ class _Call(torch.autograd.Function):
         tree.append(out.tree)
         ctx.op, ctx.mask, ctx.views, ctx.plan = op, mask, views, residuals.plan
         ctx.inexact = tuple([_is_inexact(o) for o in outputs])
-        ctx.mark_non_differentiable(
-            *[o for o, inexact in zip(outputs, ctx.inexact, strict=True) if not inexact]
-        )
+        ctx.mark_non_differentiable(*[o for o, inexact in zip(outputs, ctx.inexact, strict=True) if not inexact])
         # Computed residuals stay in JAX, unless someone wants to drop, move or count what torch saves.
         hooked = _saved_tensor_hooks_active()
         ctx.computed = None if hooked else residuals.leaves
@@ -205,7 +205,7 @@ def _first_order(ctx, tensors, computed, cotangents) -> list[Tensor]:
 
 
 class _Constant:
-    """A hashable stand-in for an argument that is no array. 1, 1.0 and True differ, and so do 0.0 and -0.0."""
+    """A hashable stand-in for an argument that is no array. 1, 1.0 and True differ, as do 0.0 and -0.0."""
 
     __slots__ = ("_key", "value")
 
@@ -243,18 +243,17 @@ def _refuse_transforms(op: FlatOp) -> None:
     probe = getattr(torch._C, "_are_functorch_transforms_active", None)
     if (probe is not None and probe()) or getattr(forward_ad, "_current_level", -1) >= 0:
         raise BridgeError(
-            f"{op.name} was called under a torch.func transform or in forward-mode differentiation, which would not "
-            "see through it. Apply jax.vmap, jax.jvp or jax.jacfwd to the JAX function, and pass the result to jax2torch."
+            f"{op.name} was called under a torch.func transform or in forward-mode differentiation, which "
+            "would not see through it. Apply jax.vmap, jax.jvp or jax.jacfwd to the JAX function, and pass "
+            "the result to jax2torch."
         )
 
 
 def _saved_tensor_hooks_active() -> bool:
-    probe = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return (
-        True if probe is None else probe(False) is not None
-    )  # unknown: the slower way is right in both cases
+    probe = getattr(_engine, "_top_saved_tensors_default_hooks", None)
+    return True if probe is None else probe(False) is not None  # unknown: the slower way is right in both cases
 
 
 def _keeps_graph() -> bool:
-    probe = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    probe = getattr(_engine, "_get_current_graph_task_keep_graph", None)
     return True if probe is None else probe()  # unknown: keep, at the price of memory

@@ -1,19 +1,22 @@
-"""Tensors across between torch and JAX: copies for everyone, shared memory for the bridge, and what is refused."""
+"""Tensors between torch and JAX: copies for everyone, shared memory for the bridge, and what is refused."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import torch
+from jax import core
 from torch import Tensor
 
 _NARROW = {torch.int64: torch.int32, torch.uint64: torch.uint32}
 _LOSSY = {torch.float64: "float()", torch.complex128: "to(torch.complex64)"}
+_SIZED = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
 _IN_NUMPY = frozenset(
-    getattr(torch, name)
-    for name in "float16 float32 float64 complex64 complex128 bool int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
+    getattr(torch, name) for name in ["float16", "float32", "float64", "complex64", "complex128", "bool", *_SIZED]
 )
 _ALIGNMENT = 64  # bytes: what JAX wants before it reads a CPU buffer in place
 
@@ -60,8 +63,8 @@ def ready(t: Tensor) -> Tensor:
     """`t`, or a copy, in a form that JAX reads in place and reads correctly.
 
     What JAX would get wrong or do late is done here, by torch, before this returns: lazy negation (a DLPack
-    export loses the sign), strides (refused, or one compilation per layout), misalignment (JAX copies later, in
-    a race with torch's next write), 64-bit types (JAX narrows them without a word).
+    export loses the sign), strides (refused, or one compilation per layout), misalignment (JAX copies later,
+    in a race with torch's next write), 64-bit types (JAX narrows them without a word).
     """
     if t.requires_grad:
         t = t.detach()
@@ -90,9 +93,7 @@ def share(t: Tensor) -> jax.Array:
     try:
         return jax.dlpack.from_dlpack(t)
     except (BufferError, RuntimeError) as error:
-        raise BridgeError(
-            f"{t.dtype} on {t.device} cannot be shared with JAX ({error}). Convert it first."
-        ) from error
+        raise BridgeError(f"{t.dtype} on {t.device} cannot be shared with JAX ({error}). Convert it first.") from error
 
 
 def receive(a: jax.Array) -> Tensor:
@@ -101,42 +102,31 @@ def receive(a: jax.Array) -> Tensor:
     This waits for the whole computation on CPU, and makes torch's stream wait on a GPU: torch cannot write to
     the operands before JAX has read them.
     """
-    if isinstance(a, jax.core.Tracer):
-        raise BridgeError(
-            f"{a.dtype}{list(a.shape)} is a tracer: inside jit, grad or vmap there is no array yet to hand to torch. "
-            "Return it, and convert the result outside."
-        )
-    if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
-        raise BridgeError(
-            "a PRNG key array has no torch counterpart. Convert jax.random.key_data(key) instead."
-        )
-    if len(a.devices()) > 1:
-        raise BridgeError(
-            f"an array over {len(a.devices())} devices has no torch counterpart. Gather it first: "
-            "jax.device_put(a, jax.devices()[0])."
-        )
     try:
         return torch.from_dlpack(a)
-    except (BufferError, RuntimeError, AttributeError) as error:
-        raise BridgeError(f"JAX's {a.dtype} has no torch counterpart ({error}). Convert it first.") from error
+    except Exception as error:
+        raise BridgeError(_why_not_torch(a, error)) from error
 
 
 class Views:
-    """JAX arrays in the memory of the first `size` operands of a call, kept from one call to the next.
+    """JAX arrays in the memory of some operands of a call, kept from one call to the next.
 
-    For parameters: an optimizer writes into the memory that the view reads, so the view stays right, and it is
-    given up as soon as the tensor is found elsewhere or of another kind. Copies and pickles start empty.
+    For parameters: an optimizer writes into the memory that the view reads, so the view stays right, and it
+    is given up as soon as the tensor is found elsewhere or of another kind. Copies and pickles start empty.
+
+    Args:
+      places: numbers of the operands that stay where they are from call to call.
     """
 
-    def __init__(self, size: int):
-        self._kept: list[tuple[tuple, jax.Array] | None] = [None] * size
+    def __init__(self, places: Iterable[int] = ()):
+        self._kept: dict[int, tuple[tuple, jax.Array] | None] = dict.fromkeys(places)
 
     def __reduce__(self):
-        return Views, (len(self._kept),)
+        return Views, (tuple(self._kept),)
 
     def operand(self, i: int, t: Tensor) -> Any:
         """Operand i of a call, by its kept view if it has one."""
-        if i >= len(self._kept) or not t.is_leaf:
+        if i not in self._kept or not t.is_leaf:
             return operand(t)
         r = ready(t)
         place = (r.data_ptr(), r.dtype, r.shape)
@@ -144,7 +134,7 @@ class Views:
         if kept is not None and kept[0] == place:
             return kept[1]
         view = share(r)
-        is_alias = place[:2] == (t.data_ptr(), t.dtype)  # a copy would go stale
+        is_alias = place[:2] == (t.data_ptr(), t.dtype)  # a copy is not worth keeping
         self._kept[i] = (place, view) if is_alias else None
         return view
 
@@ -159,9 +149,26 @@ def _check_kind(t: Tensor) -> None:
         raise BridgeError(f"a tensor on {t.device} has no memory that JAX can read. {hint}")
     if t.dtype in _LOSSY and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         raise BridgeError(
-            f"{t.dtype} would lose precision, because JAX runs with 64-bit types disabled. Convert it yourself with "
-            f".{_LOSSY[t.dtype]}, or call jax.config.update('jax_enable_x64', True) at start-up."
+            f"{t.dtype} would lose precision, because JAX runs with 64-bit types disabled. Convert it "
+            f"yourself with .{_LOSSY[t.dtype]}, or call jax.config.update('jax_enable_x64', True) at "
+            "start-up."
         )
+
+
+def _why_not_torch(a: jax.Array, error: Exception) -> str:
+    if isinstance(a, core.Tracer):
+        return (
+            f"{a.dtype}{list(a.shape)} is a tracer: inside jit, grad or vmap there is no array yet to hand "
+            "to torch. Return it, and convert the result outside."
+        )
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+        return "a PRNG key array has no torch counterpart. Convert jax.random.key_data(key) instead."
+    if len(a.devices()) > 1:
+        return (
+            f"an array over {len(a.devices())} devices has no torch counterpart. Gather it first: "
+            "jax.device_put(a, jax.devices()[0])."
+        )
+    return f"JAX's {a.dtype} has no torch counterpart ({error}). Convert it first, with a.astype(...)."
 
 
 def _narrowed(t: Tensor) -> Tensor:
@@ -172,8 +179,9 @@ def _narrowed(t: Tensor) -> Tensor:
     bits = torch.iinfo(narrow.dtype)
     bad = t[narrow.to(t.dtype) != t].flatten()
     raise BridgeError(
-        f"{t.dtype} holds {bad.numel()} values outside {bits.min} to {bits.max}, {bad[0].item()} among them, and JAX "
-        "runs with 64-bit types disabled. Call jax.config.update('jax_enable_x64', True) at start-up to keep them."
+        f"{t.dtype} holds {bad.numel()} values outside {bits.min} to {bits.max}, {bad[0].item()} among "
+        "them, and JAX runs with 64-bit types disabled. Call jax.config.update('jax_enable_x64', True) at "
+        "start-up to keep them."
     )
 
 

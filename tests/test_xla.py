@@ -1,0 +1,78 @@
+"""The XLA back end's own promises: both unstructured ways agree, long columns don't make the others wait."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsparse import BlockPattern, _xla, testing
+
+MASK = np.random.default_rng(0).random((200, 300)) < 0.1
+
+
+def arguments(block=1, dtype=jnp.float32):
+    pattern = BlockPattern.from_mask(MASK, block)
+    x = testing.normal(0, (16, 200), dtype)
+    return (x, testing.normal(1, pattern.values_shape, dtype), pattern.index), {
+        "shape": pattern.shape,
+        "block": pattern.block,
+    }
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_expanding_and_slots_give_the_same_product(transposed, monkeypatch):
+    (x, values, index), sizes = arguments()
+    x = testing.normal(0, (16, 300 if transposed else 200), jnp.float32)
+    results = []
+    for crossover in (0.0, 1.0):
+        monkeypatch.setattr(_xla, "SLOTS_BELOW", crossover)
+        lowered = jax.jit(lambda: _xla.spmm(x, values, index, transposed=transposed, **sizes)).lower().as_text()
+        assert ("while" in lowered) == (crossover == 1.0)  # slots loop, expanding does not
+        results.append(_xla.spmm(x, values, index, transposed=transposed, **sizes))
+    np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-5)
+
+
+def test_both_sampled_products_agree(monkeypatch):
+    (x, _, index), sizes = arguments()
+    dy, results = testing.normal(2, (16, 300), jnp.float32), []
+    for crossover in (0.0, 1.0):
+        monkeypatch.setattr(_xla, "CHUNKS_BELOW", crossover)
+        results.append(_xla.sddmm(x, dy, index, **sizes))
+    np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-5)
+
+
+def steps_times_width(mask, monkeypatch) -> int:
+    """How many (column, slot) pairs the walk computes: what it costs."""
+    pattern, counted = BlockPattern.from_mask(mask), []
+
+    def step(source, entry, acc):
+        jax.debug.callback(lambda: counted.append(acc.shape[0]))
+        return acc
+
+    _xla._walk_slots(step, jnp.zeros((mask.shape[1], 1)), pattern.index, False, 1, mask.shape[0])
+    jax.effects_barrier()
+    return sum(counted)
+
+
+def test_one_full_column_does_not_make_the_others_wait(monkeypatch):
+    mask = np.zeros((100, 512), bool)
+    mask[:10] = True
+    even = steps_times_width(mask, monkeypatch)
+    mask[:, 7] = True
+    assert even == mask[:10].size
+    assert steps_times_width(mask, monkeypatch) <= even + 90 * 512 // 8  # all columns would be 90 * 512 more
+
+
+@pytest.mark.parametrize("activation", [None, *_xla.ACTIVATIONS])
+def test_bias_and_activation_round_once_in_half_precision(activation):
+    (x, blocks, index), sizes = arguments(8, jnp.bfloat16)
+    bias = testing.normal(3, (300,), jnp.bfloat16)
+    got = _xla.spmm(x, blocks, index, bias=bias, activation=activation, **sizes)
+    wide = (a.astype(jnp.float32) for a in (x, blocks))
+    want = _xla.spmm(*wide, index, bias=bias, activation=activation, **sizes).astype(jnp.bfloat16)
+    assert (np.asarray(got) == np.asarray(want)).mean() > 0.99  # sums may differ in the last bit of float32
+    assert got.dtype == jnp.bfloat16
+
+
+def test_it_runs_everything():
+    assert _xla.why_not("spmm", jnp.float16, (1, 1), "cpu") is None

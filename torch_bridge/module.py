@@ -1,0 +1,210 @@
+"""`from_flax`: a Linen or NNX model as a torch.nn.Module that owns its parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import linen, nnx
+from torch import Tensor, nn
+
+from torch_bridge._linen import LinenCall
+from torch_bridge._nnx import NNXCall
+from torch_bridge.autograd import TracedFunction, operands, run
+from torch_bridge.dlpack import BridgeError, Views, jax_to_torch, torch_to_jax
+
+
+def from_flax(
+    module: linen.Module | nnx.Module,
+    variables: Any = None,
+    *,
+    rngs: tuple[str, ...] = ("dropout",),
+    train_kwarg: str | None = "auto",
+    method: Any = None,
+    cast_inputs: torch.dtype | None = None,
+) -> FlaxModule:
+    """A Flax model as a torch.nn.Module, trained by torch optimizers and called on tensors.
+
+    Its parameters are copies in torch's own memory, which JAX then reads in place; the arrays given here
+    never change. `state_dict()` keys are the Flax paths, dotted; Linen's begin with the collection, as in
+    "params.Dense_0.kernel". Everything that is not a parameter (batch statistics, sparsity patterns) becomes
+    a buffer, updated in place by the forward pass where the model updates it. Random keys are drawn from
+    torch's generator, and only by models that use them, so `torch.manual_seed` and checkpointing apply.
+
+    Args:
+      module: a flax.linen.Module, or an nnx.Module (which is copied with its parameters).
+      variables: Linen only: what `module.init` returned, or a checkpoint of the same structure.
+      rngs: Linen only: names of the random streams. "dropout" is given in training mode only.
+      train_kwarg: Linen only: the argument through which the module learns its mode from train() and eval().
+        "not name" is for an argument with the opposite sense, None for none; "auto" looks for train,
+        training, is_training, deterministic, eval and use_running_average, in this order. An explicit
+        argument in a call wins.
+      method: Linen only: what to call instead of `__call__`, as in `module.apply`.
+      cast_inputs: under torch.autocast, cast floating-point inputs to this dtype, as torch.amp.custom_fwd
+        does. Without it autocast does not touch the model.
+    Returns:
+      The module; its `variables()` and `load_variables(v)` lead back to Flax.
+    Raises:
+      BridgeError: for leaves that torch has no dtype for, and names that cannot be in a state_dict key.
+      TypeError: if `module` is neither kind, or `variables` is missing, or given for NNX.
+    """
+    if isinstance(module, linen.Module):
+        if variables is None:
+            raise TypeError("a Linen module has no parameters of its own: pass variables=module.init(key, x).")
+        call = LinenCall(module, variables, rngs=tuple(rngs), train_kwarg=train_kwarg, method=method)
+        return FlaxModule(call, call.flatten(variables), cast_inputs)
+    if isinstance(module, nnx.Module):
+        if variables is not None:
+            raise TypeError(
+                "an NNX model holds its own variables. Put them in with nnx.update(model, variables) first."
+            )
+        call = NNXCall(module)
+        return FlaxModule(call, call.flatten(nnx.state(module)), cast_inputs)
+    raise TypeError(f"from_flax takes a flax.linen.Module or an nnx.Module, got {type(module).__name__}.")
+
+
+class FlaxModule(nn.Module):
+    """What `from_flax` returns."""
+
+    def __init__(self, call: LinenCall | NNXCall, leaves: list[tuple[str, Any]], cast_inputs: torch.dtype | None):
+        super().__init__()
+        self.call, self.cast_inputs = call, cast_inputs
+        self._slots: list[tuple[nn.Module, str]] = []
+        for (name, leaf), is_param in zip(leaves, call.is_param, strict=True):
+            self._adopt(name, leaf, is_param)
+        self._traced = TracedFunction(call, call.name, leading=call.names, skip=3)
+        self._views = Views(i for i, is_param in enumerate(call.is_param) if is_param)
+        self._facts: dict[Any, tuple[bool, list[int]]] = {}
+
+    def forward(self, *args, **kwargs):
+        args, kwargs = self._cast((args, kwargs))
+        leaves = self._tensors()
+        n = len(leaves)
+        device = leaves[0].device if leaves else torch.device("cpu")
+        tensors, key = self._traced.split((leaves, _NO_SEED.to(device), self.training, *args), kwargs)
+        is_random, changing = self._learn(key, tensors, n)
+        if is_random:
+            tensors[n] = _draw_seed().to(device)
+        for i in changing:  # autograd keeps what it was given, and the original is about to be overwritten
+            tensors[i] = leaves[i].clone()
+        out, new = run(self._traced.op(key), tensors, self._views)
+        with torch.no_grad():
+            for i, value in new.items():
+                leaves[i].copy_(value)
+        return out
+
+    def variables(self) -> Any:
+        """A copy of all parameters and buffers as Flax has them: a dict of collections, or an nnx.State."""
+        return self.call.assemble(torch_to_jax([t.detach() for t in self._tensors()]))
+
+    def load_variables(self, variables: Any) -> None:
+        """Copies Flax variables into the parameters and buffers, in place, so that optimizers go on working.
+
+        Raises:
+          ValueError: if names, shapes or dtypes differ; nothing is changed then.
+        """
+        new = dict(self.call.flatten(variables))
+        missing, extra = sorted(set(self.call.names) - new.keys()), sorted(new.keys() - set(self.call.names))
+        if missing or extra:
+            raise ValueError(f"these variables are of another model: they lack {missing}, and have {extra} in excess.")
+        tensors = [_to_tensor(name, new[name]) for name in self.call.names]
+        for name, (scope, last), t in zip(self.call.names, self._slots, tensors, strict=True):
+            _check_replaces(name, {**scope._parameters, **scope._buffers}.get(last), t)
+        with torch.no_grad():
+            for old, t in zip(self._tensors(), tensors, strict=True):
+                old.copy_(t)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_facts": {}}  # its keys hold what only this process has
+
+    def _get_name(self) -> str:
+        return self.call.name
+
+    def _learn(self, key: Any, tensors: list[Tensor], seed: int) -> tuple[bool, list[int]]:
+        """Whether such a call depends on its seed, and which leaves it changes; traced once per kind."""
+        kind = key, tuple([t.shape for t in tensors[seed:]])
+        if kind not in self._facts:
+            self._facts[kind] = _random_and_changing(self._traced.op(key), tensors, seed)
+        return self._facts[kind]
+
+    def _adopt(self, name: str, leaf: Any, is_param: bool) -> None:
+        """Puts a copy of a leaf under its path, in torch's dicts: Flax names may equal Module attributes."""
+        *path, last = name.split(".")
+        scope: nn.Module = self
+        for part in path:
+            scope = scope._modules.setdefault(part, _Scope())  # pyright: ignore[reportAssignmentType]
+        t = _to_tensor(name, leaf)
+        if is_param:
+            scope._parameters[last] = nn.Parameter(t, requires_grad=t.is_floating_point() or t.is_complex())
+        else:
+            scope._buffers[last] = t
+        self._slots.append((scope, last))
+
+    def _tensors(self) -> list[Tensor]:
+        """All leaves as they are now: plain, swapped in by functional_call, or parametrized."""
+        found = []
+        for scope, name in self._slots:
+            t = scope._parameters.get(name)
+            if t is None:
+                t = scope._buffers.get(name)
+            found.append(getattr(scope, name) if t is None else t)
+        return found
+
+    def _cast(self, tree: Any) -> Any:
+        if self.cast_inputs is None:
+            return tree
+
+        def cast(t):
+            is_float = isinstance(t, Tensor) and t.is_floating_point()
+            return t.to(self.cast_inputs) if is_float and torch.is_autocast_enabled(t.device.type) else t
+
+        return jax.tree.map(cast, tree)
+
+
+class _Scope(nn.Module):
+    """A node of the parameter tree, which gives state_dict its dotted paths."""
+
+    def extra_repr(self) -> str:
+        held = {**self._parameters, **self._buffers}
+        return ", ".join(f"{name}: {tuple(t.shape)}" for name, t in held.items() if t is not None)
+
+
+def _to_tensor(name: str, leaf: Any) -> Tensor:
+    """A copy of a leaf; checkpoints restored by Flax hold NumPy arrays."""
+    if not isinstance(leaf, (jax.Array, np.ndarray)):
+        raise BridgeError(f"{name} is a {type(leaf).__name__}, and torch keeps only arrays. Make it a jax.Array.")
+    array = jnp.asarray(leaf)
+    if array.dtype != leaf.dtype:
+        raise BridgeError(f"{name} is {leaf.dtype}, which JAX would narrow to {array.dtype}. Convert it yourself.")
+    return jax_to_torch(array)
+
+
+def _check_replaces(name: str, old: Tensor | None, t: Tensor) -> None:
+    if old is None:
+        raise ValueError(f"{name} is parametrized here. Remove the parametrization before loading variables.")
+    if (old.shape, old.dtype) != (t.shape, t.dtype):
+        raise ValueError(
+            f"{name} is {old.dtype}{list(old.shape)} here, and {t.dtype}{list(t.shape)} in these variables. "
+            "Convert them first, or wrap a model of that size."
+        )
+
+
+_NO_SEED = torch.zeros(2, dtype=torch.int32)
+
+
+def _draw_seed() -> Tensor:
+    return torch.randint(-(2**31), 2**31 - 1, (2,), dtype=torch.int32, device="cpu")
+
+
+def _random_and_changing(op, tensors: list[Tensor], seed: int) -> tuple[bool, list[int]]:
+    """Whether the outputs depend on operand `seed`, and which leaves the call changes."""
+    closed, out = jax.make_jaxpr(op.fn, return_shape=True)(*operands(op, tensors, Views()))
+    reached = {id(closed.jaxpr.invars[seed])}
+    for equation in closed.jaxpr.eqns:
+        if any(id(v) in reached for v in equation.invars):
+            reached.update(id(v) for v in equation.outvars)
+    _, changed = jax.tree.unflatten(out.tree, out.leaves)
+    return any(id(v) in reached for v in closed.jaxpr.outvars), list(changed)

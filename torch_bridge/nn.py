@@ -1,0 +1,300 @@
+"""Sparse linear layers for PyTorch: parameters and buffers in torch, products in JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import torch
+from torch import Tensor, nn
+
+from jaxsparse import _flax, ops
+from jaxsparse.formats import BlockPattern
+from torch_bridge.autograd import TracedFunction
+from torch_bridge.dlpack import Views, jax_to_torch, torch_to_jax
+
+_INDEX = ("col_ptr", "row_index", "row_ptr", "col_index", "order")
+_LEADING = len(_INDEX) + 2  # operands that stay where they are: bias, the pattern's arrays, weight
+
+
+class BlockDiagLinear(nn.Module):
+    """A linear layer whose weight is block-diagonal: `num_blocks` independent layers side by side.
+
+        y[..., n, o] = sum_i  x[..., n, i] * weight[n, i, o]  +  bias[n, o]
+
+    It has 1/num_blocks of the parameters and of the work of `torch.nn.Linear`; with one block it is that
+    layer.
+
+    Args:
+      in_features, out_features: sizes, multiples of `num_blocks`.
+      num_blocks: how many blocks, at least 1.
+      bias, device, dtype: as in `torch.nn.Linear`.
+      precision: as in `jax.lax.dot`.
+      backend: a back end by name, which then runs or raises; None picks the best.
+    Attributes:
+      weight: [num_blocks, in_features / num_blocks, out_features / num_blocks], each block (in, out). Drawn,
+        like the bias, from U(-k, k) with k = 1 / sqrt(in_features / num_blocks): what `torch.nn.Linear` does
+        for each block.
+      bias: [out_features], or None.
+    Raises:
+      ValueError: if `num_blocks` does not divide both sizes, and in a call whose input has another dtype than
+        the weight (outside torch.autocast, which is followed as `torch.nn.Linear` does) or other features.
+    Source: the block-diagonal factors of Monarch, Dao et al. 2022, arXiv:2204.00595.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_blocks: int,
+        bias: bool = True,
+        device=None,
+        dtype: torch.dtype | None = None,
+        *,
+        precision: jax.lax.PrecisionLike = None,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        i = _flax.features_per_block("in_features", in_features, num_blocks)
+        o = _flax.features_per_block("out_features", out_features, num_blocks)
+        self.in_features, self.out_features, self.num_blocks = in_features, out_features, num_blocks
+        self._product = _Product(precision=precision, backend=backend)
+        self._views = Views(range(2 if bias else 1))
+        _make_parameters(self, (num_blocks, i, o), out_features if bias else None, device, dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws weight and bias anew, from torch's generator."""
+        _draw_parameters(self, self.in_features // self.num_blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _multiply(self, x, None)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"num_blocks={self.num_blocks}, bias={self.bias is not None}"
+        )
+
+
+class BlockSparseLinear(nn.Module):
+    """A linear layer of whose weight only some blocks exist: parameters, gradients and moments are O(nnz).
+
+        y = x W + bias,  with the blocks of W (in, out) in `weight`, placed by the pattern
+
+    Give exactly one of `density`, `pattern` and `mask`. With density 1 it computes what `torch.nn.Linear`
+    does. The pattern is in buffers: `state_dict` carries it, and it loads into any layer of the same sizes
+    and count. A layer made on the meta device gets its pattern, too, only when a state_dict is loaded.
+
+    Args:
+      in_features, out_features: sizes; neither need be a multiple of the block.
+      density: the fraction of blocks that exist, at random places drawn from torch's generator.
+      block: (i, o), inputs by outputs, or b for (b, b); a `pattern` brings its own.
+      pattern: a jaxsparse.BlockPattern of shape (in_features, out_features).
+      mask: an (out_features, in_features) tensor or array, elementwise, as the weight of `torch.nn.Linear`; a
+        block exists where any of its entries is set.
+      bias, device, dtype: as in `torch.nn.Linear`.
+      precision: as in `jax.lax.dot`.
+      backend: a back end by name, which then runs or raises; None picks the best.
+    Attributes:
+      weight: [nnzb, i, o] ([nnz] for a block of (1, 1)), in the order of the pattern. Drawn, like the bias,
+        from U(-k, k) with k = 1 / sqrt(fan_in), fan_in being the mean number of stored inputs of an output.
+      bias: [out_features], or None.
+    Raises:
+      ValueError: if none or several of the three are given, or they are of another shape; and in a call whose
+        input has another dtype than the weight (outside torch.autocast) or other features.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        density: float | None = None,
+        block: int | tuple[int, int] = 32,
+        *,
+        pattern: BlockPattern | None = None,
+        mask: Any = None,
+        bias: bool = True,
+        device=None,
+        dtype: torch.dtype | None = None,
+        precision: jax.lax.PrecisionLike = None,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        shape = (in_features, out_features)
+        if mask is not None:
+            mask = _as_jax_mask(mask, shape)
+        pattern = _flax.make_pattern(_draw_key, shape, density, block, pattern, mask)
+        self.in_features, self.out_features = shape
+        self._product = _Product(pattern.shape, pattern.block, pattern.transposed, precision, backend)
+        self._views = Views(range(_LEADING if bias else _LEADING - 1))
+        _make_parameters(self, pattern.values_shape, out_features if bias else None, device, dtype)
+        for name in _INDEX:
+            self.register_buffer(name, jax_to_torch(getattr(pattern, name)).to(self.weight.device))
+        self.register_buffer("sizes", torch.tensor(self._product.sizes, dtype=torch.int32).to(self.weight.device))
+        self.reset_parameters()
+
+    @property
+    def pattern(self) -> BlockPattern:
+        """A copy of the pattern, as the functions of jaxsparse take it."""
+        return self._product.pattern(torch_to_jax(self._index()))
+
+    @property
+    def density(self) -> float:
+        """The fraction of blocks that exist."""
+        (i, o), (rows, cols) = self._product.block, self._product.shape
+        return self.weight.shape[0] / (-(-rows // i) * -(-cols // o))
+
+    def reset_parameters(self) -> None:
+        """Draws weight and bias anew, from torch's generator. The pattern stays."""
+        _draw_parameters(self, max(1, round(self.density * self.in_features)))
+        inside = None if self.weight.is_meta else _edge_mask(self.pattern)
+        if inside is not None:  # what lies beyond the matrix is zero, and stays so: it gets no gradient
+            with torch.no_grad():
+                self.weight.mul_(jax_to_torch(inside).to(self.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _multiply(self, x, self._index())
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, density={self.density:.4g}, "
+            f"block={self._product.block}, bias={self.bias is not None}"
+        )
+
+    def _index(self) -> tuple[Tensor, ...]:
+        return tuple([self._buffers[name] for name in _INDEX])  # pyright: ignore[reportReturnType]
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        misfit = self._misfit({name: state_dict.get(prefix + name) for name in ("sizes", "weight", *_INDEX)})
+        if misfit:  # all or nothing: half of another pattern would multiply wrongly
+            error_msgs.append(f"{prefix or 'this layer'}: {misfit}")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _misfit(self, saved: dict[str, Tensor | None]) -> str | None:
+        """Why saved tensors don't belong in this layer, if they don't."""
+        sizes = saved["sizes"]
+        if sizes is not None and not sizes.is_meta and sizes.tolist() != list(self._product.sizes):
+            return (
+                f"the saved pattern has (in, out, block in, block out, transposed) = {sizes.tolist()}, this "
+                f"layer {list(self._product.sizes)}. Make the layer with the sizes and block of the saved "
+                "one."
+            )
+        for name, t in saved.items():
+            here = getattr(self, name)
+            if t is not None and t.shape != here.shape:
+                return (
+                    f"size mismatch for {name}: {list(t.shape)} was saved, and this layer has "
+                    f"{list(here.shape)}. Make the layer with the density of the saved one: its pattern may "
+                    "differ, but not how much it stores."
+                )
+        return None
+
+
+class SparseLinear(BlockSparseLinear):
+    """`BlockSparseLinear` with a block of (1, 1): single entries exist, and `weight` is [nnz].
+
+    Args: as for `BlockSparseLinear`, without `block`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, density: float | None = None, **options):
+        if "block" in options:
+            raise TypeError("SparseLinear stores single entries and takes no block; BlockSparseLinear does.")
+        pattern = options.get("pattern")
+        if pattern is not None and pattern.block != (1, 1):
+            raise ValueError(f"the pattern has blocks of {pattern.block}, not single entries: use BlockSparseLinear.")
+        super().__init__(in_features, out_features, density, (1, 1), **options)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr().replace(f"block={self._product.block}, ", "")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """What is static about a layer's product. Equal ones share their compiled code."""
+
+    shape: tuple[int, int] = (0, 0)
+    block: tuple[int, int] = (0, 0)
+    transposed: bool = False
+    precision: Any = None
+    backend: str | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (*self.shape, *self.block, int(self.transposed))
+
+    def pattern(self, index) -> BlockPattern:
+        return BlockPattern.tree_unflatten((self.shape, self.block, self.transposed), index)
+
+    def __call__(self, *, bias, index, weight, x):
+        options = {"precision": self.precision, "backend": self.backend}
+        if index is None:
+            return ops.block_diag_matmul(x, weight, bias, **options)
+        return ops.spmm(x, weight, self.pattern(index), bias, **options)
+
+
+_edge_mask = jax.jit(BlockPattern.edge_mask)
+
+
+@functools.cache
+def _traced(product: _Product) -> TracedFunction:
+    return TracedFunction(product, "a sparse linear layer")
+
+
+def _multiply(layer: BlockDiagLinear | BlockSparseLinear, x: Tensor, index: tuple[Tensor, ...] | None) -> Tensor:
+    weight, bias, views = layer.weight, layer.bias, layer._views
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = (_autocast(t, dtype) for t in (x, weight, bias))
+        views = Views()  # the casts are new tensors every time
+    if x.dtype != weight.dtype:
+        raise ValueError(
+            f"the input is {x.dtype}, but the weight {weight.dtype}, and nothing is cast silently. Use "
+            f"x.to({weight.dtype}), layer.to({x.dtype}), or torch.autocast."
+        )
+    return _traced(layer._product)((), {"bias": bias, "index": index, "weight": weight, "x": x}, views)
+
+
+def _autocast(t: Tensor | None, dtype: torch.dtype) -> Any:
+    return t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
+
+
+def _make_parameters(layer: nn.Module, shape: tuple[int, ...], out: int | None, device, dtype) -> None:
+    layer.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+    bias = None if out is None else nn.Parameter(torch.empty(out, device=device, dtype=dtype))
+    layer.register_parameter("bias", bias)
+
+
+def _draw_parameters(layer: nn.Module, fan_in: int) -> None:
+    bound = 1 / math.sqrt(fan_in)
+    for p in layer.parameters(recurse=False):
+        nn.init.uniform_(p, -bound, bound)
+
+
+def _draw_key() -> jax.Array:
+    return jax.random.key(int(torch.randint(2**31 - 1, (), device="cpu").item()))
+
+
+def _as_jax_mask(mask: Any, shape: tuple[int, int]) -> Any:
+    """A torch-like (out, in) mask as an (in, out) array."""
+    mask = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else mask
+    if getattr(mask, "shape", None) != shape[::-1]:
+        raise ValueError(
+            f"the mask has shape {getattr(mask, 'shape', None)}, but must be (out_features, in_features) = "
+            f"{shape[::-1]}, as the weight of torch.nn.Linear is. Transpose it, or make one of that shape."
+        )
+    return mask.T
