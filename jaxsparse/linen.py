@@ -113,7 +113,8 @@ class SparseDense(nn.Module):
       features: number of outputs.
       density: the fraction of entries that exist, at random places drawn from the "params" stream.
       pattern: a BlockPattern of shape (in, features).
-      mask: an (in, features) array; an entry exists where it is set.
+      mask: an (in, features) array; an entry exists where it is set. Arrays make a module unhashable: where it must be
+        a static argument or a key, give the pattern instead, BlockPattern.from_mask(mask).
       use_bias, dtype, param_dtype, precision, kernel_init, bias_init, activation, backend: as in
         `BlockSparseDense`.
 

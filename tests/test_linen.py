@@ -1,5 +1,7 @@
 """Linen layers: as nn.Dense where they are dense, patterns through every lift, checkpoints into a fresh model."""
 
+import gc
+
 import flax.linen as nn
 import flax.serialization
 import jax
@@ -161,6 +163,7 @@ def test_orbax_refuses_a_pattern_of_another_shape(name, tmp_path):
         checkpointer.wait_until_finished()
         with pytest.raises(ValueError, match="not compatible|do not match"):
             checkpointer.restore(tmp_path / "c", {"pattern": pattern})
+    gc.collect()  # the coroutines, here and not in another test
 
 
 @pytest.mark.parametrize("name", ["block-diagonal", "block-sparse", "unstructured"])

@@ -1,0 +1,131 @@
+"""Every example runs as its user would run it, in a process of its own, with sizes small enough for a test."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = ["dense", "block-diagonal", "block-sparse", "unstructured"]
+needs_torch = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="PyTorch is not installed")
+
+
+@pytest.fixture
+def picture_and_bar():
+    pytest.importorskip("matplotlib", reason="matplotlib, which draws the picture, is not installed")
+    pytest.importorskip("tqdm", reason="tqdm, which draws the progress bar, is not installed")
+
+
+@pytest.fixture
+def digits():
+    pytest.importorskip("sklearn", reason="scikit-learn, which brings the digits, is not installed")
+
+
+@pytest.fixture
+def mnist_like(tmp_path):
+    """A file with MNIST's arrays: each class is a bright square of its own place, in noise."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, count in (("train", 256), ("test", 64)):
+        labels = rng.integers(0, 10, count).astype(np.uint8)
+        images = rng.integers(0, 60, (count, 28, 28)).astype(np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            row, column = divmod(int(label), 4)
+            image[7 * row : 7 * row + 7, 7 * column : 7 * column + 7] = 255
+        arrays |= {f"{part}_images": images, f"{part}_labels": labels}
+    path = tmp_path / "images.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def run(name: str, *args, cwd: Path, extra_path: str = "") -> str:
+    """Standard output of an example, which must succeed."""
+    paths = [extra_path, str(ROOT), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / f"{name}.py"), *map(str, args)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{name}.py failed:\n{done.stdout}\n{done.stderr}"
+    assert "step/s" not in done.stderr, "a progress bar was drawn where nobody looks"
+    return done.stdout
+
+
+def hidden_from_python(package: str, folder: Path) -> str:
+    """A folder that, first on PYTHONPATH, makes a package look as if it were not installed."""
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules[{package!r}] = None\n")
+    return str(folder)
+
+
+def table(output: str) -> dict[str, dict[str, float]]:
+    """The rows of the classifier's table; it must hold all four."""
+    number = r"([\d.,]+)"
+    row = rf"{number}% +{number} +{number}x +{number} MB +{number}x +{number} MB +{number} ms +{number}x"
+    names = ["accuracy", "parameters", "of_dense", "state", "state_of_dense", "pattern", "ms", "ms_of_dense"]
+    rows = {}
+    for layer in LAYERS:
+        found = re.search(rf"^{layer} +{row}$", output, re.MULTILINE)
+        assert found, f"no row for {layer} in\n{output}"
+        rows[layer] = {name: float(x.replace(",", "")) for name, x in zip(names, found.groups(), strict=True)}
+    return rows
+
+
+def check_picture(path: Path) -> None:
+    """A PNG of plausible size, with more than an empty page on it."""
+    import matplotlib.image
+
+    pixels = matplotlib.image.imread(path)
+    height, width, _ = pixels.shape
+    assert 800 < height < 4000 and 800 < width < 4000
+    assert 0.1 < (pixels[..., :3].min(axis=2) < 0.9).mean() < 0.9
+
+
+@needs_torch
+def test_the_classifier_trains_four_models_and_goes_on_in_torch(digits, picture_and_bar, tmp_path):
+    out = run("train_classifier", "--width", 320, "--epochs", 6, "--out", "sub/picture.png", cwd=tmp_path)
+    rows = table(out)
+    for layer in LAYERS:
+        assert rows[layer]["accuracy"] > 80
+    for layer in LAYERS[1:]:
+        assert rows[layer]["parameters"] < 0.3 * rows["dense"]["parameters"]
+        assert rows[layer]["state_of_dense"] == pytest.approx(rows[layer]["of_dense"], abs=0.02)
+    difference = re.search(r"logits +(\S+)$", out, re.MULTILINE)
+    assert difference and float(difference[1]) < 1e-4
+    after = re.search(r"test accuracy after it +(\S+)%$", out, re.MULTILINE)
+    assert after and float(after[1]) > 80
+    check_picture(tmp_path / "sub" / "picture.png")
+
+
+def test_the_classifier_takes_a_file_like_mnist_and_does_without_torch(mnist_like, picture_and_bar, tmp_path):
+    hidden = hidden_from_python("torch", tmp_path)
+    args = ["--data", mnist_like, "--width", 320, "--epochs", 8, "--batch", 32, "--out", "picture.png"]
+    out = run("train_classifier", *args, cwd=tmp_path, extra_path=hidden)
+    assert "784 pixels" in out
+    assert "PyTorch is not installed" in out
+    assert min(row["accuracy"] for row in table(out).values()) > 80
+    check_picture(tmp_path / "picture.png")
+
+
+def test_the_ensemble_is_no_worse_than_its_members(digits, tmp_path):
+    out = run("ensemble", "--members", 4, "--width", 32, "--epochs", 12, cwd=tmp_path)
+    members = re.search(r"members: (\S+)% to (\S+)%, mean (\S+)%; ensemble: (\S+)%", out)
+    assert members, out
+    worst, best, mean, ensemble = map(float, members.groups())
+    assert 70 < worst <= mean <= best and ensemble >= worst
+    assert re.search(r"every other step +\S+ ms +\S+ ms +\S+$", out, re.MULTILINE)
+
+
+def test_the_own_mask_learns_as_the_masked_dense_layer_does(tmp_path):
+    out = run("own_mask", 10, cwd=tmp_path)
+    lines = re.findall(r"loss (\S+) -> (\S+) +(\S+) parameters +\S+ ms per step$", out, re.MULTILINE)
+    (first, last, sparse), (_, dense_last, dense) = lines
+    assert float(last) < 0.9 * float(first)
+    assert float(last) == pytest.approx(float(dense_last), rel=0.01)
+    assert int(sparse.replace(",", "")) < 0.11 * int(dense.replace(",", ""))
