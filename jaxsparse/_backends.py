@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
+import jax
+
+import cpu_kernels
 from jaxsparse import _xla
 
-BACKENDS: dict[str, ModuleType] = {"xla": _xla}
+BACKENDS: dict[str, ModuleType] = {"xla": _xla, "cpu": cpu_kernels}
+_PREFERRED = {"cpu": "cpu"}  # platform: the back end that is faster there than XLA, where it can run
 
 
 def check_name(backend: str | None) -> None:
@@ -16,6 +21,36 @@ def check_name(backend: str | None) -> None:
         raise ValueError(f"unknown backend {backend!r}: there is {known}, or None for the best that can run here.")
 
 
-def call(op: str, backend: str | None, *args, **kwargs):
-    """Runs one product on plain arrays: on the named back end, or on the best one of each platform."""
-    return getattr(BACKENDS[backend or "xla"], op)(*args, **kwargs)
+def why_not(backend: str, op: str = "spmm", dtype="float32", block=(1, 1), platform: str | None = None) -> str | None:
+    """The reason why a back end can't run an op here (or on another platform), or None where it can."""
+    check_name(backend)
+    return BACKENDS[backend].why_not(op, jax.numpy.dtype(dtype), block, platform or jax.default_backend())
+
+
+def call(op: str, backend: str | None, block: tuple[int, int], /, *operands, **options):
+    """Runs one product on plain arrays: on the named back end, or on the best one of each platform.
+
+    Args:
+      op: the name of a function that back ends share.
+      backend: a name, which then runs or raises; None lets each platform choose when the program is lowered.
+      block: (i, o) of the matrix, for `why_not`.
+      operands: what is traced, None for an optional array.
+      options: what is static.
+    Raises:
+      NotImplementedError: if the named back end can't run, with the reason.
+    """
+    dtype = operands[0].dtype
+    if backend is not None:
+        reason = why_not(backend, op, dtype, block)
+        if reason is not None:
+            raise NotImplementedError(f"backend {backend!r} can't run {op} here: {reason}")
+        return getattr(BACKENDS[backend], op)(*operands, **options)
+    fallback = functools.partial(getattr(_xla, op), **options)
+    better = {
+        platform: functools.partial(getattr(BACKENDS[name], op), **options)
+        for platform, name in _PREFERRED.items()
+        if why_not(name, op, dtype, block, platform) is None
+    }
+    if not better:
+        return fallback(*operands)
+    return jax.lax.platform_dependent(*operands, **better, default=fallback)

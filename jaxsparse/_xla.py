@@ -37,9 +37,9 @@ def why_not(op: str, dtype, block: tuple[int, int], platform: str) -> str | None
 def block_diag_matmul(
     x: Float[Array, "m features"],
     blocks: Float[Array, "n i o"],
+    bias: Float[Array, " out"] | None = None,
     *,
     transposed: bool = False,
-    bias: Float[Array, " out"] | None = None,
     activation: str | None = None,
     precision=None,
 ) -> Float[Array, "m out"]:
@@ -71,11 +71,11 @@ def spmm(
     x: Float[Array, "m features"],
     blocks: Float[Array, " *values"],
     index: Index,
+    bias: Float[Array, " out"] | None = None,
     *,
     shape: tuple[int, int],
     block: tuple[int, int],
     transposed: bool = False,
-    bias: Float[Array, " out"] | None = None,
     activation: str | None = None,
     precision=None,
 ) -> Float[Array, "m out"]:
@@ -114,6 +114,21 @@ def sddmm(
     if block != (1, 1):
         return chunks(x, dy)
     return _by_density(nnzb, shape, CHUNKS_BELOW, chunks, expand)(x, dy)
+
+
+def spmm_grads(
+    x: Float[Array, "m in"],
+    dy: Float[Array, "m out"],
+    blocks: Float[Array, " *values"],
+    index: Index,
+    *,
+    shape: tuple[int, int],
+    block: tuple[int, int],
+    precision=None,
+) -> tuple[Float[Array, "m in"], Float[Array, " *values"]]:
+    """(dy W^T, the blocks of x^T dy that W stores): both gradients of `spmm`. XLA gains nothing by fusing them."""
+    sizes = {"shape": shape, "block": block, "precision": precision}
+    return spmm(dy, blocks, index, transposed=True, **sizes), sddmm(x, dy, index, **sizes)
 
 
 # ---- blocks ---------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The public products and their derivative rules.
 
-Three products are closed under differentiation: every rule below calls the ops of this file, so back ends have
+The products are closed under differentiation: every rule below calls the ops of this file, so back ends have
 forward kernels only, and gradients of gradients are free. Forward-mode derivatives (`jax.jvp`) are not defined.
 """
 
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import Array, Float
 
 from jaxsparse import _backends
@@ -148,32 +149,33 @@ def sddmm(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=(0,), inline=True)
 def _spmm(how, x, blocks, bias, pattern):
-    return _backends.call(
-        "spmm",
-        how.backend,
-        *(x, blocks, pattern.index),
-        **_stored(pattern),
-        transposed=pattern.transposed,
-        bias=bias,
-        activation=how.activation,
-        precision=how.precision,
-    )
+    sizes, operands = _stored(pattern), (x, blocks, pattern.index, bias)
+    options = {"transposed": pattern.transposed, "activation": how.activation, "precision": how.precision}
+    return _backends.call("spmm", how.backend, sizes["block"], *operands, **sizes, **options)
 
 
 def _spmm_fwd(how, x, blocks, bias, pattern):
+    both = () if x.perturbed and blocks.perturbed else None  # static, as residuals must be arrays
+    x, blocks, bias, pattern = custom_vjp_primal_tree_values((x, blocks, bias, pattern))
     z = _spmm(how.plain, x, blocks, bias, pattern)
-    return _activate(how, z), (x, blocks, bias, pattern, z if how.activation else None)
+    return _activate(how, z), (x, blocks, bias, pattern, z if how.activation else None, both)
 
 
 # y = f(z), z = xW + b gives dz = dy f'(z); then dx = dz W^T, dW = x^T dz where W is stored, db = sum of dz.
+# Where both are wanted of an unstructured W, they are one op: a kernel then gathers dz once for the two.
 def _spmm_bwd(how, saved, dy):
-    x, blocks, bias, pattern, z = saved
+    x, blocks, bias, pattern, z, both = saved
+    dy = jnp.zeros(dy.shape, dy.dtype) if isinstance(dy, SymbolicZero) else dy
     dz, how = _through_activation(how, z, dy), how.plain
-    dx = _spmm(how, dz, blocks, None, pattern.T)  # a view: nothing moves
-    return dx, _sddmm(how, x, dz, pattern), _bias_gradient(bias, dz), None  # None: integers have no gradient
+    if both is not None and pattern.block == (1, 1) and not pattern.transposed:
+        dx, dw = _spmm_grads(how, x, dz, blocks, pattern)
+    else:
+        dx = _spmm(how, dz, blocks, None, pattern.T)  # a view: nothing moves
+        dw = _sddmm(how, x, dz, pattern)
+    return dx, dw, _bias_gradient(bias, dz), None  # None: integers have no gradient
 
 
-_spmm.defvjp(_spmm_fwd, _spmm_bwd)
+_spmm.defvjp(_spmm_fwd, _spmm_bwd, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -181,7 +183,8 @@ _spmm.defvjp(_spmm_fwd, _spmm_bwd)
 def _sddmm(how, x, dy, pattern):
     if pattern.transposed:  # (x^T dy)^T = dy^T x, and values stay as stored
         x, dy, pattern = dy, x, pattern.T
-    return _backends.call("sddmm", how.backend, x, dy, pattern.index, **_stored(pattern), precision=how.precision)
+    sizes, operands = _stored(pattern), (x, dy, pattern.index)
+    return _backends.call("sddmm", how.backend, sizes["block"], *operands, **sizes, precision=how.precision)
 
 
 def _sddmm_fwd(how, x, dy, pattern):
@@ -197,14 +200,35 @@ def _sddmm_bwd(how, saved, g):
 _sddmm.defvjp(_sddmm_fwd, _sddmm_bwd)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=(0,), inline=True)
+def _spmm_grads(how, x, dy, blocks, pattern):
+    sizes, operands = _stored(pattern), (x, dy, blocks, pattern.index)
+    return _backends.call("spmm_grads", how.backend, sizes["block"], *operands, **sizes, precision=how.precision)
+
+
+def _spmm_grads_fwd(how, x, dy, blocks, pattern):
+    return _spmm_grads(how, x, dy, blocks, pattern), (x, dy, blocks, pattern)
+
+
+# (dx, dW) = (dy W^T, sampled(x^T dy)), with cotangents (a, G): the rules of `_spmm` and `_sddmm`, added up.
+def _spmm_grads_bwd(how, saved, cotangents):
+    (x, dy, blocks, pattern), (a, g) = saved, cotangents
+    for_dy = _spmm(how, a, blocks, None, pattern) + _spmm(how, x, g, None, pattern)
+    return _spmm(how, dy, g, None, pattern.T), for_dy, _sddmm(how, a, dy, pattern), None
+
+
+_spmm_grads.defvjp(_spmm_grads_fwd, _spmm_grads_bwd)
+
+
 # ---- the block-diagonal pair ---------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=(0,), inline=True)
 def _block_diag(how, x, blocks, bias):
-    options = {"bias": bias, "activation": how.activation, "precision": how.precision}
-    return _backends.call("block_diag_matmul", how.backend, x, blocks, transposed=how.transposed, **options)
+    options = {"transposed": how.transposed, "activation": how.activation, "precision": how.precision}
+    return _backends.call("block_diag_matmul", how.backend, blocks.shape[1:], x, blocks, bias, **options)
 
 
 def _block_diag_fwd(how, x, blocks, bias):
@@ -227,7 +251,9 @@ _block_diag.defvjp(_block_diag_fwd, _block_diag_bwd)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _block_diag_outer(how, num_blocks, x, dy):
-    return _backends.call("block_diag_outer", how.backend, x, dy, num_blocks, precision=how.precision)
+    block = (x.shape[1] // num_blocks, dy.shape[1] // num_blocks)
+    options = {"num_blocks": num_blocks, "precision": how.precision}
+    return _backends.call("block_diag_outer", how.backend, block, x, dy, **options)
 
 
 def _block_diag_outer_fwd(how, num_blocks, x, dy):

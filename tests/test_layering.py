@@ -19,7 +19,7 @@ TABLE = {
     "jaxsparse/_interop.py": NUMERIC | FORMATS | {"scipy"},
     "jaxsparse/reference.py": {"numpy", "jaxsparse.formats"},
     "jaxsparse/_xla.py": NUMERIC | BASE,
-    "jaxsparse/_backends.py": {"jax", "jaxsparse._xla"},
+    "jaxsparse/_backends.py": {"jax", "jaxsparse._xla", "cpu_kernels"},
     "jaxsparse/ops.py": NUMERIC | {"jaxsparse.formats", "jaxsparse._backends", "jaxsparse._xla"},
     "jaxsparse/_flax.py": NUMERIC | {"flax", "jaxsparse.formats"},
     "jaxsparse/linen.py": NUMERIC | OPS | {"flax", "jaxsparse._flax"},
@@ -77,6 +77,11 @@ def test_the_bridge_imports_downwards(path):
     table = {f"torch_bridge.{name}" for name in BRIDGE[path.name]} | (SPARSE if path.name == "nn.py" else set())
     names = {name for name in imported(path) if name.split(".")[0] not in FOREIGN | sys.stdlib_module_names}
     assert names <= table
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("cpu_kernels/*.py")), ids=lambda p: p.name)
+def test_kernels_know_no_format(path):
+    assert {name.split(".")[0] for name in imported(path)} <= {"jax", "numpy", "cpu_kernels"} | sys.stdlib_module_names
 
 
 def test_nothing_below_imports_torch():

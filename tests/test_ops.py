@@ -11,7 +11,11 @@ from jaxsparse import _backends, block_diag_matmul, reference, sddmm, spmm, test
 from jaxsparse.formats import BlockPattern
 
 pytestmark = pytest.mark.usefixtures("strict")
-BACKENDS = list(_backends.BACKENDS)
+CAN_RUN = {name: _backends.why_not(name) for name in _backends.BACKENDS}
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
+    for name, reason in CAN_RUN.items()
+]
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
 

@@ -152,24 +152,27 @@ def temporaries(loss, *args) -> int:
     return step.lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.parametrize("backend", ["xla", None])
 @pytest.mark.parametrize("block", [16, 32, 128, (64, 16)])
-def test_temporaries_of_a_block_sparse_step_are_linear_in_batch_and_nnz(block):
+def test_temporaries_of_a_block_sparse_step_are_linear_in_batch_and_nnz(block, backend):
     pattern = make(0, block, (SIZE, SIZE), 0.1)
     x, blocks = jnp.ones((BATCH, SIZE)), jnp.ones(pattern.values_shape)
-    got = temporaries(lambda x, w: (spmm(x, w, pattern) ** 2).sum(), x, blocks)
+    got = temporaries(lambda x, w: (spmm(x, w, pattern, backend=backend) ** 2).sum(), x, blocks)
     assert got <= 16 * x.nbytes + 2 * blocks.nbytes  # batch x nnz / block is 1.6 GB for blocks of 16
 
 
-def test_temporaries_of_a_block_diagonal_step_are_linear_in_batch():
+@pytest.mark.parametrize("backend", ["xla", None])
+def test_temporaries_of_a_block_diagonal_step_are_linear_in_batch(backend):
     x, blocks = jnp.ones((BATCH, SIZE)), jnp.ones((16, SIZE // 16, SIZE // 16))
-    got = temporaries(lambda x, w: (block_diag_matmul(x, w) ** 2).sum(), x, blocks)
+    got = temporaries(lambda x, w: (block_diag_matmul(x, w, backend=backend) ** 2).sum(), x, blocks)
     assert got <= 8 * x.nbytes + 2 * blocks.nbytes
 
 
-def test_temporaries_of_a_chunked_unstructured_step_are_linear_in_batch_and_nnz():
-    pattern = make(0, 1, (SIZE, SIZE), 0.5 * _xla.CHUNKS_BELOW)
+@pytest.mark.parametrize("backend,density", [("xla", 0.5 * _xla.CHUNKS_BELOW), (None, 0.1)])
+def test_temporaries_of_a_chunked_unstructured_step_are_linear_in_batch_and_nnz(backend, density):
+    pattern = make(0, 1, (SIZE, SIZE), density)
     x, values = jnp.ones((BATCH, SIZE)), jnp.ones(pattern.values_shape)
-    got = temporaries(lambda x, w: (spmm(x, w, pattern) ** 2).sum(), x, values)
+    got = temporaries(lambda x, w: (spmm(x, w, pattern, backend=backend) ** 2).sum(), x, values)
     assert got <= 16 * x.nbytes + 4 * values.nbytes  # batch x nnz is 64 MB, in x out is 17 MB
 
 
@@ -178,9 +181,9 @@ def test_a_matrix_too_large_to_expand_goes_by_chunks(monkeypatch):
     jax.clear_caches()
     pattern = make(0, 1, (512, 512), 0.5)
     x, values = jnp.ones((8, 512)), testing.normal(0, pattern.values_shape, jnp.float32)
-    got = temporaries(lambda x, w: (spmm(x, w, pattern) ** 2).sum(), x, values)
-    close(spmm(x, values, pattern), x @ pattern.to_dense(values))
-    close(sddmm(x, x, pattern), pattern.gather(x.T @ x))
+    got = temporaries(lambda x, w: (spmm(x, w, pattern, backend="xla") ** 2).sum(), x, values)
+    close(spmm(x, values, pattern, backend="xla"), x @ pattern.to_dense(values))
+    close(sddmm(x, x, pattern, backend="xla"), pattern.gather(x.T @ x))
     assert got <= 64 * x.nbytes + 4 * values.nbytes
     jax.clear_caches()
 

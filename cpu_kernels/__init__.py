@@ -1,0 +1,147 @@
+"""Sparse products on a CPU: C++ kernels behind XLA's foreign function interface.
+
+A back end: plain 2-D arrays in and out, sums in float32 (float64 for float64), one rounding to
+the dtype of `x` after bias and activation. `index` is any object with the int32 arrays of a
+block pattern: `col_ptr`, `row_index` by block column, and `row_ptr`, `col_index`, `order` by
+block row, where `order` says at which place of `blocks` an entry's values are.
+`precision` is taken for the contract's sake: the sums never run in less than float32.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cpu_kernels._library import load, why_not_loaded
+
+__all__ = [
+    "block_diag_matmul",
+    "block_diag_outer",
+    "isa",
+    "sddmm",
+    "spmm",
+    "spmm_grads",
+    "use_isa",
+    "why_not",
+]
+
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
+_ACTIVATIONS = (None, "relu", "gelu", "silu")
+_PRODUCTS = ("spmm", "sddmm", "spmm_grads", "block_diag_matmul", "block_diag_outer")
+
+
+def why_not(op: str, dtype, block: tuple[int, int], platform: str) -> str | None:
+    """Returns why `op` can't run here on such arrays, or None when it can."""
+    if platform != "cpu":
+        return f"these kernels run on a CPU, not on {platform}"
+    if op not in _PRODUCTS:
+        return f"there is no kernel {op}; there are {', '.join(_PRODUCTS)}"
+    if jnp.dtype(dtype).name not in _DTYPES:
+        return f"dtype {jnp.dtype(dtype).name} is not one of {', '.join(_DTYPES)}"
+    if op == "spmm_grads" and tuple(block) != (1, 1):
+        return f"spmm_grads is for block (1, 1), not {tuple(block)}: use spmm and sddmm"
+    return why_not_loaded()
+
+
+def spmm(
+    x,
+    blocks,
+    index,
+    bias=None,
+    *,
+    shape: tuple[int, int],
+    block: tuple[int, int],
+    transposed: bool = False,
+    activation: str | None = None,
+    precision=None,
+):
+    """Multiplies x [m, in] by W to [m, out], or, transposed, x [m, out] by W^T to [m, in]."""
+    del precision
+    if transposed:
+        lines = index.row_ptr, index.col_index, index.order
+    else:
+        lines = index.col_ptr, index.row_index, np.zeros(0, np.int32)
+    return _call("spmm", (x.shape[0], shape[0 if transposed else 1]), x.dtype)(
+        x,
+        blocks,
+        *lines,
+        _bias(bias, x),
+        transposed=transposed,
+        activation=_activation(activation),
+        **_sizes(shape),
+        **_block(block),
+    )
+
+
+def sddmm(x, dy, index, *, shape: tuple[int, int], block: tuple[int, int], precision=None):
+    """Returns x^T dy at the stored entries, for x [m, in] and dy [m, out]."""
+    del precision
+    nnzb = index.row_index.shape[0]
+    values = (nnzb,) if tuple(block) == (1, 1) else (nnzb, *block)
+    return _call("sddmm", values, x.dtype)(x, dy, index.col_ptr, index.row_index, **_sizes(shape), **_block(block))
+
+
+def spmm_grads(x, dy, blocks, index, *, shape: tuple[int, int], block: tuple[int, int], precision=None):
+    """Returns (dy W^T, x^T dy where W is stored) for block (1, 1), in one pass over dy."""
+    del precision
+    if reason := why_not("spmm_grads", x.dtype, block, "cpu"):
+        raise NotImplementedError(reason)
+    results = _result(x.shape, x.dtype), _result(blocks.shape, x.dtype)
+    return _ffi_call("spmm_grads", results)(x, dy, blocks, index.row_ptr, index.col_index, index.order, **_sizes(shape))
+
+
+def block_diag_matmul(x, blocks, bias=None, *, transposed: bool = False, activation: str | None = None, precision=None):
+    """Multiplies slice n of x [m, n*i] by block n to [m, n*o]; transposed, [m, n*o] to [m, n*i]."""
+    del precision
+    width = blocks.shape[0] * blocks.shape[1 if transposed else 2]
+    return _call("block_diag_matmul", (x.shape[0], width), x.dtype)(
+        x, blocks, _bias(bias, x), transposed=transposed, activation=_activation(activation)
+    )
+
+
+def block_diag_outer(x, dy, num_blocks: int, *, precision=None):
+    """Returns the n products [i, o] of the slices of x [m, n*i] and dy [m, n*o]."""
+    del precision
+    values = num_blocks, x.shape[1] // num_blocks, dy.shape[1] // num_blocks
+    return _call("block_diag_outer", values, x.dtype)(x, dy)
+
+
+def isa() -> str:
+    """Returns the instruction set in use: avx512, avx2 or portable."""
+    return load().jaxsparse_cpu_isa().decode()
+
+
+def use_isa(name: str) -> None:
+    """Uses another instruction set; raises where this machine lacks it."""
+    if not load().jaxsparse_cpu_use_isa(name.encode()):
+        raise ValueError(f"this machine has no {name}; it runs {isa()}")
+
+
+def _call(name, shape, dtype):
+    return _ffi_call(name, _result(shape, dtype))
+
+
+def _ffi_call(name, results):
+    load()
+    return jax.ffi.ffi_call(f"jaxsparse_cpu_{name}", results, vmap_method="sequential")
+
+
+def _result(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _bias(bias, x):
+    return np.zeros(0, x.dtype) if bias is None else bias
+
+
+def _activation(name: str | None) -> np.int64:
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is not one of {_ACTIVATIONS}")
+    return np.int64(_ACTIVATIONS.index(name))
+
+
+def _sizes(shape):
+    return {"size_in": np.int64(shape[0]), "size_out": np.int64(shape[1])}
+
+
+def _block(block):
+    return {"block_in": np.int64(block[0]), "block_out": np.int64(block[1])}

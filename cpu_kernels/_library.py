@@ -1,0 +1,74 @@
+"""The compiled kernels: found, checked against this jaxlib, and registered with XLA once."""
+
+import ctypes
+import functools
+import pathlib
+import re
+import sys
+
+import jax
+
+TARGETS = ("spmm", "sddmm", "spmm_grads", "block_diag_matmul", "block_diag_outer")
+_NAME = "libjaxsparse_cpu.so"
+
+
+def load() -> ctypes.CDLL:
+    """Returns the library with its handlers registered, or raises with what stops it."""
+    if reason := why_not_loaded():
+        raise NotImplementedError(f"the cpu kernels can't run: {reason}")
+    return _registered()
+
+
+def _file() -> pathlib.Path | None:
+    """The library; in an editable install it lies apart from the sources, in another folder of the package."""
+    folders = map(pathlib.Path, sys.modules[__package__].__path__)
+    return next((folder / _NAME for folder in folders if (folder / _NAME).exists()), None)
+
+
+@functools.cache
+def why_not_loaded() -> str | None:
+    """Returns why the kernels can't be used with this jaxlib, or None when they can."""
+    if _file() is None:
+        return (
+            f"{_NAME} was not built. Install a C++17 compiler (g++ 10 or clang 14 and newer) and reinstall jaxsparse."
+        )
+    try:
+        library = _opened()
+    except OSError as error:
+        return f"{_NAME} can't be loaded: {error}"
+    built = library.jaxsparse_cpu_ffi_major(), library.jaxsparse_cpu_ffi_minor()
+    return _why_versions_clash(built, _jaxlib_version())
+
+
+# A jaxlib serves handlers built for its own C API or an older one. With a newer one it would
+# fail while it initialises its CPU back end, and take every other computation along.
+def _why_versions_clash(built: tuple[int, int], running: tuple[int, int]) -> str | None:
+    if built[0] == running[0] and built[1] <= running[1]:
+        return None
+    return (
+        f"they were built for XLA's C API {built[0]}.{built[1]}, this jaxlib has "
+        f"{running[0]}.{running[1]}. Update jaxlib, or reinstall jaxsparse with this one."
+    )
+
+
+def _jaxlib_version() -> tuple[int, int]:
+    header = pathlib.Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
+    major, minor = (int(re.search(rf"#define XLA_FFI_API_{part}\s+(\d+)", header)[1]) for part in ("MAJOR", "MINOR"))
+    return major, minor
+
+
+@functools.cache
+def _opened() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(_file()))
+    library.jaxsparse_cpu_isa.restype = ctypes.c_char_p
+    library.jaxsparse_cpu_use_isa.argtypes = [ctypes.c_char_p]
+    return library
+
+
+@functools.cache
+def _registered() -> ctypes.CDLL:
+    library = _opened()
+    for name in TARGETS:
+        handler = jax.ffi.pycapsule(getattr(library, f"jaxsparse_cpu_{name}"))
+        jax.ffi.register_ffi_target(f"jaxsparse_cpu_{name}", handler, platform="cpu")
+    return library

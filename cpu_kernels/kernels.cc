@@ -1,0 +1,63 @@
+// All kernels for one instruction set; compiled once for each, with JAXSPARSE_ISA as its name.
+#include "kernels.h"
+
+#include "blocks.h"
+#include "blocks_outer.h"
+#include "narrow.h"
+#include "unstructured_grads.h"
+
+#define STRING_(x) #x
+#define STRING(x) STRING_(x)
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+
+namespace jaxsparse_cpu {
+namespace {
+
+template <class F>
+bool with_dtype(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::f32: return f(float{});
+    case Dtype::f64: return f(double{});
+    case Dtype::bf16: return f(bf16{});
+    case Dtype::f16: return f(f16{});
+  }
+  return false;
+}
+
+bool run_spmm(const Product& p, const Pool& pool) {
+  return with_dtype(p.dtype, [&](auto zero) {
+    using S = decltype(zero);
+    if (p.depth == 1 && p.width == 1) return tiled_spmm<S, 4, false>(p, pool);
+    return is_narrow<S>(p) ? tiled_spmm<S, 2, true>(p, pool) : block_spmm<S>(p, pool);
+  });
+}
+
+bool run_sddmm(const Outer& p, const Pool& pool) {
+  return with_dtype(p.dtype, [&](auto zero) {
+    using S = decltype(zero);
+    if (p.depth != 1 || p.width != 1) return block_sddmm<S>(p, pool);
+    return unstructured_outer<S, false>(
+        {p.lines, p.m, p.out, p.in, static_cast<const S*>(p.dy), static_cast<const S*>(p.x),
+         nullptr, static_cast<S*>(p.values), nullptr},
+        pool);
+  });
+}
+
+bool run_grads(const Gradients& p, const Pool& pool) {
+  return with_dtype(p.dtype, [&](auto zero) {
+    using S = decltype(zero);
+    return unstructured_outer<S, true>(
+        {p.lines, p.m, p.in, p.out, static_cast<const S*>(p.x), static_cast<const S*>(p.dy),
+         static_cast<const S*>(p.values), static_cast<S*>(p.dvalues), static_cast<S*>(p.dx)},
+        pool);
+  });
+}
+
+}  // namespace
+
+extern const KernelTable JOIN(kernels_, JAXSPARSE_ISA);
+const KernelTable JOIN(kernels_, JAXSPARSE_ISA) = {STRING(JAXSPARSE_ISA), run_spmm, run_sddmm,
+                                                   run_grads};
+
+}  // namespace jaxsparse_cpu

@@ -1,0 +1,79 @@
+// What the kernels offer to whoever calls them: plain pointers, a pool of threads, an error text.
+//
+// Nothing here knows XLA or Python, so the same code runs in the sanitizer tests. The three
+// products share one picture of the sparse matrix: *lines*. A line is a block column where the
+// product writes columns, and a block row where it writes rows (the transposed products).
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace jaxsparse_cpu {
+
+enum class Dtype { f32, f64, bf16, f16 };
+enum class Activation { none, relu, gelu, silu };
+
+// Threads that somebody else owns. `schedule` queues run(arg) and returns at once.
+struct Pool {
+  int threads;
+  void* owner;
+  void (*schedule)(void* owner, void (*run)(void*), void* arg);
+};
+
+// Entries ptr[n] .. ptr[n+1]-1 belong to line n. `index` says which slice of the other side an
+// entry meets (ascending within a line); `order` where its values lie, null when entry k's
+// values are the k-th.
+struct Lines {
+  int64_t lines, limit, entries;
+  const int32_t *ptr, *index, *order;
+};
+
+// y[m, out] = activation(x[m, in] W + bias). W has blocks of (depth, width) as this product sees
+// them. `transposed`: each stored block is [width, depth] and is read as its transpose.
+struct Product {
+  Dtype dtype;
+  int64_t m, in, out, depth, width;
+  bool transposed;
+  Activation activation;
+  const void *x, *values, *bias;  // bias may be null
+  void* y;
+  Lines lines;
+};
+
+// values[k] = x[:, slice index[k]]^T dy[:, slice of k's line], for every stored entry k.
+struct Outer {
+  Dtype dtype;
+  int64_t m, in, out, depth, width;
+  const void *x, *dy;
+  void* values;
+  Lines lines;
+};
+
+// Both gradients of y = x W with 1 x 1 blocks in one pass over dy. Lines are rows of W.
+struct Gradients {
+  Dtype dtype;
+  int64_t m, in, out;
+  const void *x, *dy, *values;
+  void *dx, *dvalues;
+  Lines lines;
+};
+
+// Each returns an empty string, or what is wrong with the arguments, with the numbers.
+std::string spmm(const Product&, const Pool&);
+std::string sddmm(const Outer&, const Pool&);
+std::string spmm_grads(const Gradients&, const Pool&);
+
+// The instruction set in use: "avx512", "avx2" or "portable". JAXSPARSE_CPU_ISA, or a call of
+// use_isa, lowers it; one that this machine lacks is refused (false).
+const char* isa();
+bool use_isa(const char* name);
+
+// One compilation of the kernels per instruction set fills one of these.
+struct KernelTable {
+  const char* name;
+  bool (*spmm)(const Product&, const Pool&);  // false: an index out of range, or no memory
+  bool (*sddmm)(const Outer&, const Pool&);
+  bool (*spmm_grads)(const Gradients&, const Pool&);
+};
+
+}  // namespace jaxsparse_cpu

@@ -1,0 +1,197 @@
+// The block products' inner loop: a few rows by one or two vectors of sums, kept in registers
+// over the whole depth.
+#pragma once
+
+#include "tiles.h"
+
+namespace jaxsparse_cpu {
+namespace {
+
+// x as numbers of the summing type, with rows `stride` apart.
+template <class A>
+struct Rows {
+  const A* data;
+  int64_t stride;
+};
+
+// The stride of a copy of x's rows, or 0 where they are read in place. Half-precision rows are
+// widened once for all lines; rows a multiple of 1 KiB apart are copied to a stride at which
+// they spread over the sets of the caches.
+template <class S>
+int64_t packed_stride(int64_t width, int64_t m) {
+  const bool widens = sizeof(S) != sizeof(Sum<S>);
+  const bool collides = width * int64_t(sizeof(S)) % 1024 == 0 && m > 8;
+  return widens || collides ? ceil_div(width, 16) * 16 + 16 : 0;
+}
+
+// Rows [first, last) of x to rows of `stride`, which end in zeros.
+template <class S>
+void pack_rows(const S* x, int64_t width, int64_t first, int64_t last, Sum<S>* to, int64_t stride) {
+  constexpr int L = kLanes<Sum<S>>;
+  for (int64_t b = first; b < last; ++b)
+    for (int64_t f = 0; f < stride; f += L)
+      store<L>(to + b * stride + f,
+               load_some<L>(x + b * width + f, most<int64_t>(0, width - f)));
+}
+
+template <class S>
+Rows<Sum<S>> rows_of(const S* x, int64_t width, const Sum<S>* copy, int64_t stride) {
+  if constexpr (sizeof(S) == sizeof(Sum<S>))
+    if (!stride) return {x, width};
+  return {copy, stride};
+}
+
+template <int R_>
+struct RowsOf {
+  static constexpr int R = R_;
+};
+
+// Where step e of a product begins in both operands, and how deep it is.
+struct Step {
+  int64_t a, b, depth;
+};
+
+// Terms that are summed in registers before their sum joins the others in memory. One long run would
+// err in proportion to its length; in runs the error is that of a blocked dense product.
+constexpr int64_t kRun = 64;
+
+// sum[r][..] += over steps e < count and d < depth:  a[r, d] * b[d, vector]
+// with rows of b `b_stride` apart; a is read a number at a time, at r * a_stride + d (kByRow)
+// or at r + d * a_stride.
+template <int R, int NV, int L, bool kByRow, class SA, class SB, class F>
+ALWAYS_INLINE void multiply(Vector<Sum<SA>, L> (&sum)[R][NV], const SA* a0, int64_t a_stride,
+                            const SB* b0, int64_t b_stride, int64_t count, F where) {
+  using V = Vector<Sum<SA>, L>;
+  alignas(64) Sum<SA> total[R * NV * L];
+  bool long_sum = false;
+  int64_t left = kRun;
+  const auto add_total = [&] {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) sum[r][j] += load<L>(total + (r * NV + j) * L);
+  };
+  for (int64_t e = 0; e < count; ++e) {
+    const Step step = where(e);
+    const SA* a = a0 + step.a;
+    const SB* b = b0 + step.b;
+    for (int64_t d = 0; d < step.depth;) {
+      if (left == 0) {
+        if (long_sum) add_total();
+        for (int r = 0; r < R; ++r)
+          for (int j = 0; j < NV; ++j) {
+            store<L>(total + (r * NV + j) * L, sum[r][j]);
+            sum[r][j] = V{};
+          }
+        asm volatile("" : : "r"(total) : "memory");  // it must not take the registers of the sums
+        long_sum = true;
+        left = kRun;
+      }
+      const int64_t run = least(left, step.depth - d);
+      left -= run;
+      d += run;
+      for (int64_t i = 0; i < run; ++i, b += b_stride, a += kByRow ? 1 : a_stride) {
+        V v[NV];
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) v[j] = load<L>(b + j * L);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          const V s = splat<L>(widen(a[kByRow ? r * a_stride : r]));
+#pragma GCC unroll 4
+          for (int j = 0; j < NV; ++j) sum[r][j] += s * v[j];
+        }
+      }
+    }
+  }
+  if (long_sum) add_total();
+}
+
+// Where a register tile goes: rows of y, `columns` of them valid from y on.
+template <class S>
+struct Target {
+  S* y;
+  int64_t stride, columns;
+  const Sum<S>* bias;  // padded to whole vectors, or null
+  Activation activation;
+};
+
+template <int R, int NV, int L, class S>
+ALWAYS_INLINE void finish(Vector<Sum<S>, L> (&sum)[R][NV], const Target<S>& target, int64_t row) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      Vector<Sum<S>, L> v = sum[r][j];
+      if (target.bias) v += load<L>(target.bias + j * L);
+      if (target.activation != Activation::none) v = activate<Sum<S>, L>(v, target.activation);
+      store_some<L>(target.y + (row + r) * target.stride + j * L, v, target.columns - j * L);
+    }
+}
+
+// Calls f(row, register tile of R rows) for rows [row, last), the rest by halves.
+template <int R, class F>
+ALWAYS_INLINE void for_rows(int64_t row, int64_t last, F f) {
+  for (; row + R <= last; row += R) f(row, RowsOf<R>{});
+  if constexpr (R > 1)
+    if (row < last) for_rows<R / 2>(row, last, f);
+}
+
+// Rows of a register tile: enough sums to hide the latency of the multiply-add, few enough that
+// rows of x a power of two apart don't fight over one set of the first-level cache.
+constexpr int kRows = kVectorBytes == 32 ? 4 : 8;
+
+template <int L_, int NV_>
+struct Panel {
+  static constexpr int L = L_, NV = NV_, width = L_ * NV_;
+};
+
+// Calls f with the widest panel that fits into `left` columns, or the narrowest one.
+template <class A, class F>
+ALWAYS_INLINE void with_panel(int64_t left, F f) {
+  constexpr int L = kLanes<A>, kLeast = 16 / static_cast<int>(sizeof(A));
+  if (left >= 2 * L) return f(Panel<L, 2>{});
+  if constexpr (L / 2 >= kLeast) {
+    if constexpr (L / 4 >= kLeast)
+      if (left < L / 2) return f(Panel<L / 4, 1>{});
+    if (left < L) return f(Panel<L / 2, 1>{});
+  }
+  f(Panel<L, 1>{});
+}
+
+// Calls f(first column, panel type) for the panels of `width` columns, from `begin` to `end`.
+template <class A, class F>
+ALWAYS_INLINE void for_panels(int64_t width, int64_t begin, int64_t end, F f) {
+  while (begin < least(width, end))
+    with_panel<A>(width - begin, [&](auto panel) {
+      f(begin, panel);
+      begin += decltype(panel)::width;
+    });
+}
+
+// Columns that a unit of work takes: the widest panel.
+template <class A>
+constexpr int64_t kUnit = 2 * kLanes<A>;
+
+// Units are the pieces of kUnit columns of all lines; the first unit of part `part` of `parts`,
+// each with about as many entries.
+int64_t unit_of_part(const Lines& lines, int64_t pieces, int64_t part, int64_t parts) {
+  const int64_t units = lines.lines * pieces;
+  if (part >= parts) return units;
+  const auto before = [&](int64_t unit) {
+    const int64_t n = unit / pieces, entries = lines.ptr[n + 1] - lines.ptr[n];
+    return (lines.ptr[n] + n) * pieces + (entries + 1) * (unit % pieces);
+  };
+  const int64_t goal = (lines.entries + lines.lines) * pieces * part / parts;
+  int64_t low = 0, high = units;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (before(middle) < goal)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+}  // namespace
+}  // namespace jaxsparse_cpu

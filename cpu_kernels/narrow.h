@@ -1,0 +1,105 @@
+// Narrow blocks (and short batches): the batch lies along the vectors, and values are read a
+// number at a time, as they are stored or across. Nothing of W is packed or transposed.
+#pragma once
+
+#include "micro.h"
+#include "unstructured.h"
+
+namespace jaxsparse_cpu {
+namespace {
+
+template <int L, int NV, class S, bool kTransposed>
+void add_blocks(const Part<S>& part) {
+  using A = Sum<S>;
+  constexpr int T = NV * L;
+  const Product& p = part.p;
+  const Lines& lines = p.lines;
+  const int64_t size = p.depth * p.width;
+  for (int64_t n = part.first; n < part.last; ++n) {
+    const int64_t begin = lines.ptr[n];
+    const auto where = [&](int64_t e) {
+      if (lines.order && begin + e + 2 < lines.entries) {
+        const char* next = reinterpret_cast<const char*>(
+            static_cast<const S*>(p.values) + lines.order[begin + e + 2] * size);
+        for (int64_t i = 0; i < least<int64_t>(size * sizeof(S), 512); i += 64)
+          __builtin_prefetch(next + i);
+      }
+      const int64_t k = begin + e, offset = int64_t{lines.index[k]} * p.depth;
+      return Step{(lines.order ? lines.order[k] : k) * size, offset * T,
+                  least(p.depth, p.in - offset)};
+    };
+    for_rows<kRows>(0, p.width, [&](int64_t j, auto rows) {
+      Vector<A, L> sum[rows.R][NV] = {};
+      multiply<rows.R, NV, L, kTransposed>(
+          sum, static_cast<const S*>(p.values) + (kTransposed ? j * p.depth : j),
+          kTransposed ? p.depth : p.width, part.tile, T, lines.ptr[n + 1] - begin, where);
+      A* to = part.sums + ((n - part.first) * p.width + j) * T;
+      for (int r = 0; r < rows.R; ++r)
+        for (int v = 0; v < NV; ++v) store<L>(to + r * T + v * L, sum[r][v]);
+    });
+  }
+}
+
+// Where this beats packed panels: blocks narrower than a panel, and transposed products of a
+// batch too short to pay for transposing the values.
+template <class S>
+bool is_narrow(const Product& p) {
+  return p.width <= kLanes<Sum<S>> || (p.transposed && p.m < 16);
+}
+
+constexpr int64_t kColumnsPerTask = 256;
+
+// A product over batch-minor tiles of at most kMost vectors.
+template <class S, int kMost, bool kBlocks>
+bool tiled_spmm(const Product& p, const Pool& pool) {
+  using A = Sum<S>;
+  const S* x = static_cast<const S*>(p.x);
+  const Lines& lines = p.lines;
+  const Batch<A, kMost> batch(p.m);
+  // An entry costs a few cycles of its own, and loads twice as much as a block's.
+  const double each = kBlocks ? double(batch.padded * p.depth * p.width) : 24. + 2. * batch.padded;
+  const int workers = workers_for(pool, each * double(lines.entries));
+  const int64_t slabs = workers == 1 ? 1 : ceil_div(p.in, 64);
+  const int64_t parts = workers == 1 ? 1 : ceil_div(lines.lines * p.width, kColumnsPerTask);
+  const int64_t own = ceil_div(kMost * kVectorBytes * p.width + 4, 64) * 64 * lines.lines;
+  Scratch packed(sizeof(A) * batch.padded * p.in), sums(own * workers);
+  if (!packed.data() || !sums.data()) return false;
+  A* tiles = reinterpret_cast<A*>(packed.data());
+  Flag wrong;
+  const auto pack = [&](int64_t task, int) {
+    const int64_t s = task % slabs;
+    batch.visit(task / slabs, [&](auto tile, int64_t row) {
+      pack_tile<tile.L, tile.NV>(x, p.m, p.in, row, s * p.in / slabs, (s + 1) * p.in / slabs,
+                                 tiles + row * p.in);
+    });
+    if (task < slabs &&
+        !in_range(lines, line_of_part(lines, s, slabs), line_of_part(lines, s + 1, slabs)))
+      wrong.raise();
+  };
+  const auto multiply = [&](int64_t task, int worker) {
+    if (wrong.up()) return;
+    const int64_t first = line_of_part(lines, task % parts, parts);
+    const int64_t last = line_of_part(lines, task % parts + 1, parts);
+    A* sum = reinterpret_cast<A*>(sums.data() + own * worker);
+    batch.visit(task / parts, [&](auto tile, int64_t row) {
+      constexpr int L = tile.L, NV = tile.NV, T = tile.T;
+      int32_t* cursors = reinterpret_cast<int32_t*>(sum + (last - first) * p.width * T);
+      const Part<S> part{p, first, last, tiles + row * p.in, sum, cursors};
+      if constexpr (kBlocks)
+        (p.transposed ? add_blocks<L, NV, S, true> : add_blocks<L, NV, S, false>)(part);
+      else
+        add_part<L, NV, S>(part);
+      const int64_t end = least(last * p.width, p.out);
+      for (int64_t c = first * p.width; c < end; c += L)
+        unpack_tile<L, NV>(sum + (c - first * p.width) * T, row, p.m, p.out, c,
+                           least<int64_t>(L, end - c), static_cast<const S*>(p.bias), p.activation,
+                           static_cast<S*>(p.y));
+    });
+  };
+  const Phase phases[] = {phase(batch.count * slabs, pack), phase(batch.count * parts, multiply)};
+  run_phases(pool, workers, phases, 2);
+  return !wrong.up();
+}
+
+}  // namespace
+}  // namespace jaxsparse_cpu

@@ -1,0 +1,174 @@
+// Batch-minor tiles: tile t holds batch rows t*T .. t*T+T-1 as [features][T], so that one
+// feature is a few whole vectors and a sparse entry is a load and a multiply-add each.
+#pragma once
+
+#include "epilogue.h"
+#include "kernels.h"
+#include "parallel.h"
+#include "vectors.h"
+
+namespace jaxsparse_cpu {
+namespace {
+
+template <class F>
+Phase phase(int64_t tasks, const F& f) {
+  return {tasks,
+          [](const void* context, int64_t task, int worker) {
+            (*static_cast<const F*>(context))(task, worker);
+          },
+          &f};
+}
+
+// Scratch that goes back by itself.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : data_(take_scratch(bytes)) {}
+  ~Scratch() { give_scratch(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  char* data() const { return static_cast<char*>(data_); }
+
+ private:
+  void* data_;
+};
+
+// A flag that any worker may raise.
+struct Flag {
+  int raised = 0;
+  void raise() { __atomic_store_n(&raised, 1, __ATOMIC_RELAXED); }
+  bool up() const { return __atomic_load_n(&raised, __ATOMIC_RELAXED) != 0; }
+};
+
+// Whether all of index[begin .. end) lie in [0, limit): one compare a vector.
+bool in_range(const int32_t* index, int64_t begin, int64_t end, int64_t limit) {
+  constexpr int L = kVectorBytes / 4;
+  using V = Vector<uint32_t, L>;
+  const V bound = splat<L>(static_cast<uint32_t>(limit));
+  Vector<int32_t, L> bad{};
+  int64_t k = begin;
+  for (; k + L <= end; k += L) {
+    bad |= load_bits<V>(index + k) >= bound;
+  }
+  bool ok = true;
+  for (int i = 0; i < L; ++i) ok &= bad[i] == 0;
+  for (; k < end; ++k) ok &= static_cast<uint32_t>(index[k]) < static_cast<uint32_t>(limit);
+  return ok;
+}
+
+bool in_range(const Lines& lines, int64_t first, int64_t last) {
+  const int64_t begin = lines.ptr[first], end = lines.ptr[last];
+  return in_range(lines.index, begin, end, lines.limit) &&
+         (!lines.order || in_range(lines.order, begin, end, lines.entries));
+}
+
+// The first line of part `part` of `parts`, each with about as many entries (an empty line
+// counts as a little, since it too must be written).
+int64_t line_of_part(const Lines& lines, int64_t part, int64_t parts) {
+  if (part >= parts) return lines.lines;
+  const int64_t goal = (lines.entries + 4 * lines.lines) * part / parts;
+  int64_t low = 0, high = lines.lines;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (lines.ptr[middle] + 4 * middle < goal)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// tile[f][0 .. NV*L) = x[row .. row + NV*L)[f] for f in [first, last); rows from m on are zero.
+template <int L, int NV, class S>
+void pack_tile(const S* x, int64_t m, int64_t width, int64_t row, int64_t first, int64_t last,
+               Sum<S>* tile) {
+  using A = Sum<S>;
+  constexpr int T = NV * L;
+  for (int v = 0; v < NV; ++v) {
+    const int64_t rows = most<int64_t>(0, least<int64_t>(L, m - row - v * L));
+    const S* from = x + (row + v * L) * width;
+    for (int64_t f = first; f < last; f += L) {
+      const int64_t count = least<int64_t>(L, last - f);
+      Vector<A, L> r[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i)
+        r[i] = i < rows ? load_some<L>(from + i * width + f, count) : Vector<A, L>{};
+      transpose<L>(r);
+      for (int i = 0; i < count; ++i) store<L>(tile + (f + i) * T + v * L, r[i]);
+    }
+  }
+}
+
+// y[row + b][first + i] = activation(tile[i][b] + bias[first + i]) for i < count <= L.
+template <int L, int NV, class S>
+void unpack_tile(const Sum<S>* tile, int64_t row, int64_t m, int64_t width, int64_t first,
+                 int64_t count, const S* bias, Activation activation, S* y) {
+  using A = Sum<S>;
+  constexpr int T = NV * L;
+  for (int v = 0; v < NV && row + v * L < m; ++v) {
+    Vector<A, L> r[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) {
+      r[i] = i < count ? load<L>(tile + i * T + v * L) : Vector<A, L>{};
+      if (bias && i < count) r[i] += widen(bias[first + i]);
+      if (activation != Activation::none) r[i] = activate<A, L>(r[i], activation);
+    }
+    transpose<L>(r);
+    S* to = y + (row + v * L) * width + first;
+    const int64_t rows = least<int64_t>(L, m - row - v * L);
+    for (int b = 0; b < rows; ++b) store_some<L>(to + b * width, r[b], count);
+  }
+}
+
+template <int L_, int NV_>
+struct Tile {
+  static constexpr int L = L_, NV = NV_, T = L_ * NV_;
+};
+
+// Calls f with the type of the tile that begins `rows` batch rows before the end: kMost vectors
+// where they fill, otherwise one tile that covers the rest (or, where it would be half empty,
+// half of one).
+template <class A, int kMost, class F>
+ALWAYS_INLINE void with_tile(int64_t rows, F f) {
+  constexpr int L = kLanes<A>;
+  if constexpr (L >= 16)
+    if (rows <= L / 4) return f(Tile<L / 4, 1>{});
+  if constexpr (L >= 8)
+    if (rows <= L / 2) return f(Tile<L / 2, 1>{});
+  if (rows <= L) return f(Tile<L, 1>{});
+  if (rows <= 2 * L && kMost > 2) return f(Tile<L, 2>{});
+  if constexpr (kMost > 4)
+    if (rows >= kMost * L) return f(Tile<L, kMost>{});
+  f(Tile<L, least(kMost, 4)>{});
+}
+
+// The batch cut into tiles. Tile t begins at row `row(t)`, and is packed at row(t) * features.
+template <class A, int kMost>
+struct Batch {
+  int64_t m, full, count, padded;
+
+  explicit Batch(int64_t m_) : m(m_), full(m / (kMost * kLanes<A>)), count(0), padded(0) {
+    for (; padded < m; ++count) padded += lanes(padded);
+  }
+  static int64_t lanes_of(int64_t rows) {
+    int64_t n = 0;
+    with_tile<A, kMost>(rows, [&](auto tile) { n = decltype(tile)::T; });
+    return n;
+  }
+  int64_t lanes(int64_t row) const { return lanes_of(m - row); }
+  int64_t row(int64_t t) const {
+    constexpr int64_t T = kMost * kLanes<A>;
+    if (t <= full) return t * T;
+    int64_t at = full * T;
+    for (int64_t i = full; i < t; ++i) at += lanes(at);
+    return at;
+  }
+  // f(tile type, first row)
+  template <class F>
+  void visit(int64_t t, F f) const {
+    const int64_t at = row(t);
+    with_tile<A, kMost>(m - at, [&](auto tile) { f(tile, at); });
+  }
+};
+
+}  // namespace
+}  // namespace jaxsparse_cpu

@@ -1,0 +1,195 @@
+// Gradients with 1 x 1 blocks: the sampled product, alone or with dx in the same pass.
+#pragma once
+
+#include "tiles.h"
+
+namespace jaxsparse_cpu {
+namespace {
+
+// Vectors of a tile: with 32 registers a whole tile of 8 is held twice, as operand and as sum,
+// and one sum across lanes serves twice the batch.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kGradVectors = 8;
+#else
+constexpr int kGradVectors = 4;
+#endif
+
+// Features of a tile that stay in the second-level cache while all lines read them.
+constexpr int64_t kGradSliceBytes = 512 << 10;
+
+// One tile against a chunk of lines. For entry k of line n:
+//   dots[k] += <own[n], other[index[k]]>    and, if kBoth,    sum[n] += values[k] * other[...]
+// `gathered` and `dots` lie in the order of the lines, so that only the first tile reads values
+// through `order`, and only the last one writes dvalues through it: both jump about in memory.
+template <class S>
+struct Pass {
+  const Sum<S>*own, *other;  // tiles
+  const S* values;
+  Sum<S>*gathered, *dots, *partial;  // partial: [L][L], any finished numbers
+  S* dvalues;
+  bool first, last;
+};
+
+// One entry: its gathered vectors feed both products, so loads are half of the multiply-adds.
+template <int L, int NV, bool kBoth, class A>
+ALWAYS_INLINE Vector<A, L> meet(const A* row, A value, const Vector<A, L> (&own)[NV],
+                                Vector<A, L> (&sum)[NV]) {
+  const Vector<A, L> a = splat<L>(value);
+  Vector<A, L> dot[2] = {};
+#pragma GCC unroll 8
+  for (int v = 0; v < NV; ++v) {
+    Vector<A, L> other = load<L>(row + v * L);
+    if (kBoth) keep(other);
+    dot[v % 2] = v < 2 ? own[v] * other : dot[v % 2] + own[v] * other;
+    if (kBoth) sum[v] += a * other;
+  }
+  return NV > 1 ? dot[0] + dot[1] : dot[0];
+}
+
+// Entries [k, end) of line n, L at a time, whose dots are summed across lanes together.
+template <int L, int NV, bool kBoth, class S>
+void pass_line(const Lines& lines, int64_t n, int64_t k, int64_t end, const Pass<S>& p,
+               Sum<S>* out) {
+  using A = Sum<S>;
+  using V = Vector<A, L>;
+  constexpr int T = NV * L;
+  const int32_t* order = lines.order;
+  V own[NV], sum[NV] = {};
+#pragma GCC unroll 8
+  for (int v = 0; v < NV; ++v) {
+    own[v] = load<L>(p.own + n * T + v * L);
+  }
+  for (; k < end; k += L) {
+    const int64_t count = least<int64_t>(L, end - k);
+    if (kBoth && p.first)
+      for (int64_t i = k; i < k + count; ++i) p.gathered[i] = widen(p.values[order[i]]);
+    for (int64_t i = 0; i < count; ++i) {
+      const A* row = p.other + int64_t{lines.index[k + i]} * T;
+      const A value = kBoth ? p.gathered[k + i] : A(0);
+      store<L>(p.partial + i * L, meet<L, NV, kBoth>(row, value, own, sum));
+    }
+    V r[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) r[i] = load<L>(p.partial + i * L);
+    V dots = sums<L>(r);
+    if (!p.first) dots += load_some<L>(p.dots + k, count);
+    if (!p.last) {
+      store_some<L>(p.dots + k, dots, count);
+    } else if (!kBoth) {
+      store_some<L>(p.dvalues + k, dots, count);
+    } else {
+      A lanes[L];
+      store<L>(lanes, dots);
+      for (int64_t i = 0; i < count; ++i) narrow(p.dvalues + order[k + i], lanes[i]);
+    }
+  }
+  if (kBoth)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) store<L>(out + v * L, load<L>(out + v * L) + sum[v]);
+}
+
+// The first of [k, end) whose index is at least `limit`.
+int64_t seek(const int32_t* index, int64_t k, int64_t end, int64_t limit) {
+  while (k < end) {
+    const int64_t middle = (k + end) / 2;
+    if (index[middle] < limit)
+      k = middle + 1;
+    else
+      end = middle;
+  }
+  return k;
+}
+
+// The operand whose features are the lines (own), the one that is gathered (other), results.
+template <class S>
+struct Grads {
+  const Lines& lines;
+  int64_t m, own_width, other_width;
+  const S *own, *other, *values;
+  S *dvalues, *dx;
+};
+
+// Everything a chunk of lines needs, tile after tile: the sum over the batch has one order.
+template <class S, bool kBoth>
+void pass_chunk(const Grads<S>& g, const Batch<Sum<S>, kGradVectors>& batch, int64_t first,
+                int64_t last, Pass<S> pass, const Sum<S>* own, const Sum<S>* other, Sum<S>* sum) {
+  using A = Sum<S>;
+  alignas(64) A partial[kLanes<A> * kLanes<A>] = {};
+  pass.partial = partial;
+  for (int64_t t = 0; t < batch.count; ++t) {
+    pass.first = t == 0;
+    pass.last = t == batch.count - 1;
+    batch.visit(t, [&](auto tile, int64_t row) {
+      constexpr int L = tile.L, NV = tile.NV, T = tile.T;
+      pass.own = own + row * g.own_width;
+      pass.other = other + row * g.other_width;
+      int32_t* cursors = reinterpret_cast<int32_t*>(sum + (kBoth ? (last - first) * T : 0));
+      for (int64_t n = first; n < last; ++n) cursors[n - first] = g.lines.ptr[n];
+      if (kBoth)
+        for (int64_t i = 0; i < (last - first) * T; i += L) store<L>(sum + i, Vector<A, L>{});
+      const int64_t slice = most<int64_t>(1, kGradSliceBytes / int64_t(T * sizeof(A)));
+      for (int64_t f = slice;; f += slice) {
+        for (int64_t n = first; n < last; ++n) {
+          int32_t& k = cursors[n - first];
+          const int64_t end = g.lines.ptr[n + 1];
+          const int64_t stop = f < g.other_width ? seek(g.lines.index, k, end, f) : end;
+          pass_line<L, NV, kBoth>(g.lines, n, k, stop, pass, sum + (n - first) * T);
+          k = static_cast<int32_t>(stop);
+        }
+        if (f >= g.other_width) break;
+      }
+      if (kBoth)
+        for (int64_t n = first; n < last; n += L)
+          unpack_tile<L, NV, S>(sum + (n - first) * T, row, g.m, g.own_width, n,
+                                least<int64_t>(L, last - n), nullptr, Activation::none, g.dx);
+    });
+  }
+  if (batch.count == 0)
+    for (int64_t k = g.lines.ptr[first]; k < g.lines.ptr[last]; ++k) narrow(g.dvalues + k, A(0));
+}
+
+template <class S, bool kBoth>
+bool unstructured_outer(const Grads<S>& g, const Pool& pool) {
+  using A = Sum<S>;
+  const Lines& lines = g.lines;
+  const Batch<A, kGradVectors> batch(g.m);
+  const int workers = workers_for(pool, (kBoth ? 2. : 1.) * double(g.m) * double(lines.entries));
+  const int64_t slabs = workers == 1 ? 1 : 16, parts = workers == 1 ? 1 : workers * 2;
+  const int64_t entries = ceil_div(lines.entries, 16) * 16, pair = g.own_width + g.other_width;
+  const int64_t own_scratch =
+      ceil_div(lines.lines * (4 + (kBoth ? kGradVectors * kVectorBytes : 0)), 64) * 64;
+  Scratch packed(sizeof(A) * batch.padded * pair), sums(own_scratch * workers);
+  Scratch ordered(sizeof(A) * entries * (kBoth ? 2 : 1));
+  if (!packed.data() || !sums.data() || !ordered.data()) return false;
+  A* own_tiles = reinterpret_cast<A*>(packed.data());
+  A* other_tiles = own_tiles + batch.padded * g.own_width;
+  A* dots = reinterpret_cast<A*>(ordered.data());
+  Flag wrong;
+  const auto pack = [&](int64_t task, int) {
+    const int64_t s = task % slabs;
+    if (task / slabs == batch.count) {
+      if (!in_range(lines, line_of_part(lines, s, slabs), line_of_part(lines, s + 1, slabs)))
+        wrong.raise();
+      return;
+    }
+    batch.visit(task / slabs, [&](auto tile, int64_t row) {
+      pack_tile<tile.L, tile.NV>(g.own, g.m, g.own_width, row, s * g.own_width / slabs,
+                                 (s + 1) * g.own_width / slabs, own_tiles + row * g.own_width);
+      pack_tile<tile.L, tile.NV>(g.other, g.m, g.other_width, row, s * g.other_width / slabs,
+                                 (s + 1) * g.other_width / slabs, other_tiles + row * g.other_width);
+    });
+  };
+  const auto multiply = [&](int64_t part, int worker) {
+    if (wrong.up()) return;
+    const Pass<S> pass{nullptr, nullptr, g.values, dots + entries, dots, nullptr, g.dvalues, 0, 0};
+    pass_chunk<S, kBoth>(g, batch, line_of_part(lines, part, parts),
+                         line_of_part(lines, part + 1, parts), pass, own_tiles, other_tiles,
+                         reinterpret_cast<A*>(sums.data() + own_scratch * worker));
+  };
+  const Phase phases[] = {phase((batch.count + 1) * slabs, pack), phase(parts, multiply)};
+  run_phases(pool, workers, phases, 2);
+  return !wrong.up();
+}
+
+}  // namespace
+}  // namespace jaxsparse_cpu

@@ -1,0 +1,343 @@
+// The kernels without XLA, against plain loops in double: random patterns, every dtype and
+// instruction set, ragged edges, empty lines, short batches, one thread and several, bad indices.
+// Built to run under the address, undefined-behaviour and thread sanitizers.
+#include <algorithm>
+#include <cmath>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+
+using namespace jaxsparse_cpu;
+
+namespace {
+
+class Threads {
+ public:
+  explicit Threads(int count) {
+    for (int i = 0; i < count; ++i) threads_.emplace_back([this] { serve(); });
+  }
+  ~Threads() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& t : threads_) t.join();
+  }
+  Pool pool() {
+    return {static_cast<int>(threads_.size()) + 1, this, [](void* self, void (*run)(void*), void* arg) {
+              Threads* threads = static_cast<Threads*>(self);
+              {
+                std::lock_guard<std::mutex> lock(threads->mutex_);
+                threads->queue_.push_back({run, arg});
+              }
+              threads->wake_.notify_one();
+            }};
+  }
+
+ private:
+  void serve() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [this] { return stop_ || !queue_.empty(); });
+      if (queue_.empty()) return;
+      const auto job = queue_.front();
+      queue_.pop_front();
+      lock.unlock();
+      job.first(job.second);
+      lock.lock();
+    }
+  }
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<std::pair<void (*)(void*), void*>> queue_;
+  std::vector<std::thread> threads_;
+  bool stop_ = false;
+};
+
+// An array in one of the four dtypes, exactly as large as it must be, so that the address
+// sanitizer sees the first byte too far.
+class Array {
+ public:
+  Array(Dtype dtype, size_t n) : dtype_(dtype), n_(n), bytes_(n * size()) {}
+  size_t size() const { return dtype_ == Dtype::f64 ? 8 : dtype_ == Dtype::f32 ? 4 : 2; }
+  void* data() { return bytes_.data(); }
+  const std::vector<char>& bytes() const { return bytes_; }
+  double get(size_t i) const {
+    const char* p = bytes_.data() + i * size();
+    if (dtype_ == Dtype::f64) return read<double>(p);
+    if (dtype_ == Dtype::f32) return read<float>(p);
+    const uint32_t bits = read<uint16_t>(p);
+    if (dtype_ == Dtype::bf16) {
+      const uint32_t wide = bits << 16;
+      return read<float>(reinterpret_cast<const char*>(&wide));
+    }
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const double size = exponent ? std::ldexp(1024 + fraction, exponent - 25)
+                                 : std::ldexp(fraction, -24);
+    return bits & 0x8000 ? -size : size;
+  }
+  // Eighths in [-1, 1]: exact in every dtype.
+  void fill(std::mt19937& random) {
+    for (size_t i = 0; i < n_; ++i) set(i, (static_cast<int>(random() % 17) - 8) / 8.0);
+  }
+  void poison() { std::fill(bytes_.begin(), bytes_.end(), char(0x7f)); }
+
+ private:
+  template <class T>
+  static T read(const char* p) {
+    T v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  template <class T>
+  void write(size_t i, T v) {
+    std::memcpy(bytes_.data() + i * sizeof v, &v, sizeof v);
+  }
+  void set(size_t i, double v) {
+    const float f = static_cast<float>(v);
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    if (dtype_ == Dtype::f64) write(i, v);
+    if (dtype_ == Dtype::f32) write(i, f);
+    if (dtype_ == Dtype::bf16) write(i, static_cast<uint16_t>(bits >> 16));
+    if (dtype_ == Dtype::f16)
+      write(i, static_cast<uint16_t>((bits >> 16 & 0x8000) |
+                                     (v ? (bits - 0x38000000u) >> 13 & 0x7fff : 0)));
+  }
+  Dtype dtype_;
+  size_t n_;
+  std::vector<char> bytes_;
+};
+
+int failures = 0;
+
+void expect(bool holds, const char* what, const char* where) {
+  if (holds) return;
+  if (++failures < 20) std::printf("FAILED %s: %s\n", what, where);
+}
+
+struct Problem {
+  Dtype dtype;
+  int64_t m, in, out, i, o;
+  double density;
+};
+
+// A random pattern in both orders, its values, and dense truth by plain loops.
+struct Case {
+  Problem p;
+  int64_t rows, cols;
+  std::vector<int32_t> col_ptr{0}, row_index, row_ptr{0}, col_index, order;
+  int64_t entries;
+  Array x, dy, values, bias, y, dx, dvalues;
+  std::vector<double> dense;
+  char name[120];
+
+  Case(const Problem& q, std::mt19937& random, Pool pool)
+      : p(q), rows((q.in + q.i - 1) / q.i), cols((q.out + q.o - 1) / q.o), entries(draw(random)),
+        x(q.dtype, q.m * q.in), dy(q.dtype, q.m * q.out), values(q.dtype, entries * q.i * q.o),
+        bias(q.dtype, q.out), y(q.dtype, q.m * q.out), dx(q.dtype, q.m * q.in),
+        dvalues(q.dtype, entries * q.i * q.o), dense(q.in * q.out) {
+    for (Array* a : {&x, &dy, &values, &bias}) a->fill(random);
+    for (int64_t c = 0; c < cols; ++c)
+      for (int64_t k = col_ptr[c]; k < col_ptr[c + 1]; ++k) each(c, k, [&](int64_t at, int64_t v) {
+        dense[at] = values.get(v);
+      });
+    std::snprintf(name, sizeof name, "%s dtype %d m %d, %d x %d, block %d x %d, %d threads", isa(),
+                  int(p.dtype), int(p.m), int(p.in), int(p.out), int(p.i), int(p.o), pool.threads);
+  }
+
+  // f(place in the dense matrix, place in the values) for the entries of block k inside the edge
+  template <class F>
+  void each(int64_t c, int64_t k, F f) {
+    for (int64_t a = 0; a < p.i; ++a)
+      for (int64_t b = 0; b < p.o; ++b) {
+        const int64_t row = row_index[k] * p.i + a, col = c * p.o + b;
+        if (row < p.in && col < p.out) f(row * p.out + col, (k * p.i + a) * p.o + b);
+      }
+  }
+
+  int64_t draw(std::mt19937& random) {
+    std::vector<std::vector<std::pair<int, int>>> by_row(rows);
+    for (int64_t c = 0; c < cols; ++c) {
+      const bool empty = cols > 2 && c % 5 == 1;
+      for (int64_t r = 0; r < rows; ++r)
+        if (!empty && !(rows > 3 && r % 7 == 2) && random() % 1000 < p.density * 1000) {
+          by_row[r].push_back({int(c), int(row_index.size())});
+          row_index.push_back(int32_t(r));
+        }
+      col_ptr.push_back(int32_t(row_index.size()));
+    }
+    for (const auto& row : by_row) {
+      for (const auto& [c, k] : row) {
+        col_index.push_back(c);
+        order.push_back(k);
+      }
+      row_ptr.push_back(int32_t(order.size()));
+    }
+    return int64_t(row_index.size());
+  }
+
+  Lines by_column() const { return {cols, rows, entries, col_ptr.data(), row_index.data(), nullptr}; }
+  Lines by_row() const {
+    return {rows, cols, entries, row_ptr.data(), col_index.data(), order.data()};
+  }
+
+  bool close(double got, double truth, double terms) const {
+    const double rounding[] = {1.2e-7, 2.2e-16, 7.9e-3, 9.8e-4};
+    const double sum = p.dtype == Dtype::f64 ? 2.2e-16 : 1.2e-7;
+    return std::abs(got - truth) <= rounding[int(p.dtype)] * std::abs(truth) + 8 * sum * (terms + 1);
+  }
+
+  void check_forward(Pool pool, Activation activation) {
+    y.poison();
+    Product q{p.dtype, p.m, p.in, p.out, p.i, p.o, false, activation, x.data(), values.data(),
+              bias.data(), y.data(), by_column()};
+    expect(spmm(q, pool).empty(), "spmm returns an error", name);
+    for (int64_t b = 0; b < p.m; ++b)
+      for (int64_t c = 0; c < p.out; ++c) {
+        double s = bias.get(c);
+        for (int64_t r = 0; r < p.in; ++r) s += x.get(b * p.in + r) * dense[r * p.out + c];
+        if (activation == Activation::relu) s = std::max(s, 0.);
+        if (activation == Activation::silu) s = s / (1 + std::exp(-s));
+        if (activation == Activation::gelu)
+          s = s / 2 * (1 + std::tanh(0.7978845608028654 * (s + 0.044715 * s * s * s)));
+        expect(close(y.get(b * p.out + c), s, p.in), "spmm", name);
+      }
+  }
+
+  void check_backward(Pool pool, bool fused) {
+    dx.poison();
+    dvalues.poison();
+    if (fused) {
+      Gradients g{p.dtype, p.m, p.in, p.out, x.data(), dy.data(), values.data(), dx.data(),
+                  dvalues.data(), by_row()};
+      expect(spmm_grads(g, pool).empty(), "spmm_grads returns an error", name);
+    } else {
+      Product q{p.dtype, p.m, p.out, p.in, p.o, p.i, true, Activation::none, dy.data(),
+                values.data(), nullptr, dx.data(), by_row()};
+      expect(spmm(q, pool).empty(), "transposed spmm returns an error", name);
+      Outer w{p.dtype, p.m, p.in, p.out, p.i, p.o, x.data(), dy.data(), dvalues.data(), by_column()};
+      expect(sddmm(w, pool).empty(), "sddmm returns an error", name);
+    }
+    for (int64_t b = 0; b < p.m; ++b)
+      for (int64_t r = 0; r < p.in; ++r) {
+        double s = 0;
+        for (int64_t c = 0; c < p.out; ++c) s += dy.get(b * p.out + c) * dense[r * p.out + c];
+        expect(close(dx.get(b * p.in + r), s, p.out), fused ? "dx, fused" : "dx", name);
+      }
+    std::vector<double> truth(entries * p.i * p.o);
+    for (int64_t c = 0; c < cols; ++c)
+      for (int64_t k = col_ptr[c]; k < col_ptr[c + 1]; ++k)
+        each(c, k, [&](int64_t at, int64_t v) {
+          for (int64_t b = 0; b < p.m; ++b)
+            truth[v] += x.get(b * p.in + at / p.out) * dy.get(b * p.out + at % p.out);
+        });
+    for (size_t v = 0; v < truth.size(); ++v)
+      expect(close(dvalues.get(v), truth[v], p.m), fused ? "dvalues, fused" : "dvalues", name);
+  }
+
+  void check(Pool pool) {
+    for (Activation a : {Activation::none, Activation::relu, Activation::gelu, Activation::silu})
+      check_forward(pool, a);
+    check_backward(pool, false);
+    if (p.i == 1 && p.o == 1) check_backward(pool, true);
+  }
+
+  std::vector<char> results(Pool pool) {
+    check_forward(pool, Activation::gelu);
+    std::vector<char> all = y.bytes();
+    for (bool fused : {false, true}) {
+      if (fused && p.i * p.o > 1) break;
+      check_backward(pool, fused);
+      all.insert(all.end(), dx.bytes().begin(), dx.bytes().end());
+      all.insert(all.end(), dvalues.bytes().begin(), dvalues.bytes().end());
+    }
+    return all;
+  }
+
+  void check_refusals(Pool pool) {
+    if (entries == 0) return;
+    for (int32_t bad : {-1, int32_t(rows), INT32_MAX, INT32_MIN}) {
+      std::vector<int32_t> index = row_index;
+      index[index.size() / 2] = bad;
+      Lines lines = by_column();
+      lines.index = index.data();
+      Product q{p.dtype, p.m, p.in, p.out, p.i, p.o, false, Activation::none, x.data(),
+                values.data(), nullptr, y.data(), lines};
+      expect(!spmm(q, pool).empty() || p.m == 0, "spmm takes a bad index", name);
+      Outer w{p.dtype, p.m, p.in, p.out, p.i, p.o, x.data(), dy.data(), dvalues.data(), lines};
+      expect(!sddmm(w, pool).empty(), "sddmm takes a bad index", name);
+    }
+    std::vector<int32_t> bad_order = order;
+    bad_order.back() = int32_t(entries);
+    Lines lines = by_row();
+    lines.order = bad_order.data();
+    Product q{p.dtype, p.m, p.out, p.in, p.o, p.i, true, Activation::none, dy.data(),
+              values.data(), nullptr, dx.data(), lines};
+    expect(!spmm(q, pool).empty() || p.m == 0, "spmm takes a bad order", name);
+    std::vector<int32_t> bad_ptr = col_ptr;
+    bad_ptr[0] = 1;
+    lines = by_column();
+    lines.ptr = bad_ptr.data();
+    q = {p.dtype, p.m, p.in, p.out, p.i, p.o, false, Activation::none, x.data(), values.data(),
+         nullptr, y.data(), lines};
+    expect(!spmm(q, pool).empty(), "spmm takes bad pointers", name);
+  }
+};
+
+// Big enough for several threads, tiles and slices: all thread counts must agree to the bit.
+void check_thread_counts(std::mt19937& random) {
+  Threads one(0), two(1), five(4);
+  const Problem problems[] = {{Dtype::f32, 150, 400, 300, 1, 1, 0.2},
+                              {Dtype::bf16, 150, 300, 400, 1, 1, 0.2},
+                              {Dtype::f32, 150, 400, 300, 8, 8, 0.4},
+                              {Dtype::f16, 300, 260, 300, 32, 32, 0.5},
+                              {Dtype::f64, 600, 100, 130, 20, 40, 0.6}};
+  for (const Problem& problem : problems) {
+    Case c(problem, random, five.pool());
+    const std::vector<char> alone = c.results(one.pool());
+    expect(c.results(two.pool()) == alone, "two threads give other bits", c.name);
+    expect(c.results(five.pool()) == alone, "five threads give other bits", c.name);
+    c.check_refusals(five.pool());
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const bool quick = argc > 1 && !std::strcmp(argv[1], "quick");
+  std::mt19937 random(7);
+  Threads threads(2);
+  const int64_t sizes[][4] = {{1, 1, 37, 53},   {1, 1, 130, 70}, {1, 1, 1, 1},    {8, 8, 64, 72},
+                              {16, 16, 50, 70}, {32, 32, 96, 64}, {4, 12, 30, 50}, {5, 7, 37, 53},
+                              {3, 40, 20, 90},  {64, 64, 64, 64}, {16, 1, 40, 9},  {1, 16, 9, 40},
+                              {33, 35, 70, 71}};
+  for (const char* name : {"portable", "avx2", "avx512"}) {
+    if (!use_isa(name)) {
+      std::printf("%s: this machine lacks it, not run\n", name);
+      continue;
+    }
+    const int before = failures;
+    for (Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16})
+      for (const auto& s : sizes)
+        for (int64_t m : {0, 1, 3, 17, 70}) {
+          if (quick && m == 70) continue;
+          Case c({dtype, m, s[2], s[3], s[0], s[1], 0.4}, random, threads.pool());
+          c.check(threads.pool());
+          c.check_refusals(threads.pool());
+        }
+    check_thread_counts(random);
+    std::printf("%s: %d failures\n", name, failures - before);
+  }
+  return failures ? 1 : 0;
+}

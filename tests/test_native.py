@@ -1,0 +1,49 @@
+"""The kernels' own test program, with no Python around it: under sanitizers, and on Arm under an emulator."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "cpu_kernels"
+ARM = ("aarch64-linux-gnu-g++", "qemu-aarch64")
+BUILDS = {
+    "address and undefined": (["-DJAXSPARSE_SANITIZE=address,undefined"], []),
+    "thread": (["-DJAXSPARSE_SANITIZE=thread"], []),
+    "arm": (
+        [
+            "-DCMAKE_SYSTEM_NAME=Linux",
+            "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+            f"-DCMAKE_CXX_COMPILER={ARM[0]}",
+            "-DCMAKE_EXE_LINKER_FLAGS=-static",
+        ],
+        [ARM[1]],
+    ),
+}
+
+
+def missing(name: str) -> str | None:
+    """What this machine lacks for a build."""
+    tools = ["cmake", *(ARM if name == "arm" else [])]
+    absent = [tool for tool in tools if not shutil.which(tool)]
+    if name != "arm" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        absent.append("a C++ compiler")
+    return f"{name}: {', '.join(absent)} not found" if absent else None
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_the_native_tests_pass(name, tmp_path):
+    if reason := missing(name):
+        pytest.skip(reason)
+    options, emulator = BUILDS[name]
+    configure = ["cmake", "-S", str(SOURCE), "-B", str(tmp_path), "-DJAXSPARSE_CPU_TESTS=ON", *options]
+    for command in (configure, ["cmake", "--build", str(tmp_path), "--parallel", "2"]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    size = ["quick"] if emulator else []
+    done = subprocess.run([*emulator, tmp_path / "test_kernels", *size], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "portable: 0 failures" in done.stdout
+    print(done.stdout)
