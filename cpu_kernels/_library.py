@@ -4,9 +4,10 @@ import ctypes
 import functools
 import pathlib
 import re
-import sys
 
 import jax
+
+import cpu_kernels
 
 TARGETS = ("spmm", "sddmm", "spmm_grads", "block_diag_matmul", "block_diag_outer")
 _NAME = "libjaxsparse_cpu.so"
@@ -21,7 +22,7 @@ def load() -> ctypes.CDLL:
 
 def _file() -> pathlib.Path | None:
     """The library; in an editable install it lies apart from the sources, in another folder of the package."""
-    folders = map(pathlib.Path, sys.modules[__package__].__path__)
+    folders = map(pathlib.Path, cpu_kernels.__path__)
     return next((folder / _NAME for folder in folders if (folder / _NAME).exists()), None)
 
 
@@ -53,8 +54,8 @@ def _why_versions_clash(built: tuple[int, int], running: tuple[int, int]) -> str
 
 def _jaxlib_version() -> tuple[int, int]:
     header = pathlib.Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
-    major, minor = (int(re.search(rf"#define XLA_FFI_API_{part}\s+(\d+)", header)[1]) for part in ("MAJOR", "MINOR"))
-    return major, minor
+    versions = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR)\s+(\d+)", header))
+    return int(versions["MAJOR"]), int(versions["MINOR"])
 
 
 @functools.cache

@@ -25,7 +25,7 @@ _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class _How(NamedTuple):
-    """What is static about a call. The products below are jitted, so that they are one program outside jit too."""
+    """What is static about a call."""
 
     activation: str | None = None
     precision: jax.lax.PrecisionLike = None
@@ -143,11 +143,15 @@ def sddmm(
     return _sddmm(how, x.reshape(rows, x.shape[-1]), dy.reshape(rows, dy.shape[-1]), pattern)
 
 
+def _product(function: Callable[..., Any]) -> Any:
+    """A product with rules of its own; jitted, so that it is one program outside jit too. `how` comes first."""
+    return jax.custom_vjp(jax.jit(function, static_argnums=(0,), inline=True), nondiff_argnums=(0,))
+
+
 # ---- spmm and sddmm: each is the other's derivative --------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-@functools.partial(jax.jit, static_argnums=(0,), inline=True)
+@_product
 def _spmm(how, x, blocks, bias, pattern):
     sizes, operands = _stored(pattern), (x, blocks, pattern.index, bias)
     options = {"transposed": pattern.transposed, "activation": how.activation, "precision": how.precision}
@@ -165,7 +169,7 @@ def _spmm_fwd(how, x, blocks, bias, pattern):
 # Where both are wanted of an unstructured W, they are one op: a kernel then gathers dz once for the two.
 def _spmm_bwd(how, saved, dy):
     x, blocks, bias, pattern, z, both = saved
-    dy = jnp.zeros(dy.shape, dy.dtype) if isinstance(dy, SymbolicZero) else dy
+    dy = jnp.zeros(dy.shape, x.dtype) if isinstance(dy, SymbolicZero) else dy
     dz, how = _through_activation(how, z, dy), how.plain
     if both is not None and pattern.block == (1, 1) and not pattern.transposed:
         dx, dw = _spmm_grads(how, x, dz, blocks, pattern)
@@ -178,8 +182,7 @@ def _spmm_bwd(how, saved, dy):
 _spmm.defvjp(_spmm_fwd, _spmm_bwd, symbolic_zeros=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-@functools.partial(jax.jit, static_argnums=(0,), inline=True)
+@_product
 def _sddmm(how, x, dy, pattern):
     if pattern.transposed:  # (x^T dy)^T = dy^T x, and values stay as stored
         x, dy, pattern = dy, x, pattern.T
@@ -200,8 +203,7 @@ def _sddmm_bwd(how, saved, g):
 _sddmm.defvjp(_sddmm_fwd, _sddmm_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-@functools.partial(jax.jit, static_argnums=(0,), inline=True)
+@_product
 def _spmm_grads(how, x, dy, blocks, pattern):
     sizes, operands = _stored(pattern), (x, dy, blocks, pattern.index)
     return _backends.call("spmm_grads", how.backend, sizes["block"], *operands, **sizes, precision=how.precision)
@@ -224,8 +226,7 @@ _spmm_grads.defvjp(_spmm_grads_fwd, _spmm_grads_bwd)
 # ---- the block-diagonal pair ---------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-@functools.partial(jax.jit, static_argnums=(0,), inline=True)
+@_product
 def _block_diag(how, x, blocks, bias):
     options = {"transposed": how.transposed, "activation": how.activation, "precision": how.precision}
     return _backends.call("block_diag_matmul", how.backend, blocks.shape[1:], x, blocks, bias, **options)

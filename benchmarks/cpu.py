@@ -1,0 +1,157 @@
+"""How fast the layers are on this CPU, side by side with what else one could pick: python benchmarks/cpu.py.
+
+Every cell of the grid runs all contenders in one process, on the same float32 numbers and the same number of
+threads, in turns (`_measure.py`). Compilation is excluded, but for the family "first call", which is nothing else.
+A training step is the forward product, the gradients of input and weight, and the optimizer, with a given upstream
+gradient; layers have no bias. SGD is the optimizer unless a label says Adam: it favours dense weights, of which
+it touches ten times as many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import platform
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import cpu_kernels
+import jaxsparse
+from benchmarks import _figure, _judge, _measure, _peers_jax, _peers_torch, _report
+from benchmarks._problems import Cell, Problem, grid
+from jaxsparse import _backends
+
+PACKAGES = ("jax", "jaxlib", "torch", "sparselab", "numpy", "scipy")
+DENSE = (*_judge.DENSE, *_judge.PRODUCT)  # timed in turns however slow, where they are what counts
+
+
+def main() -> None:
+    args = _arguments()
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    run = {"machine": _machine(), "backend": args.backend, "quick": args.quick, "cells": []}
+    run["limits"] = _limits(512 if args.quick else 2048)
+    print(_report.heading(run), flush=True)
+    for family, cells in grid(args.quick).items():
+        if args.only not in (None, family):
+            continue
+        measured = _run_family(cells, args)
+        run["cells"] += measured
+        print(_report.family_table(family, measured), flush=True)
+        run["machine"]["load_after"] = os.getloadavg()
+        run["judgements"] = _judge.judge(run["cells"], f"ours ({args.backend})")
+        out.write_text(json.dumps(run, indent=1) + "\n")  # after each family: a run that is stopped leaves something
+    print(_report.judgement_table(run["judgements"]))
+    print(f"numbers: {out}")
+    picture = _figure.draw(run, out.with_suffix(".png"))
+    print(f"picture: {picture}")
+
+
+def _arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument("--only", choices=list(grid(True)), help="one family of workloads")
+    parser.add_argument("--backend", choices=("cpu", "xla"), default="cpu", help="which of ours is judged")
+    parser.add_argument("--out", default="benchmarks/results/cpu.json", help="the PNG lies beside it")
+    return parser.parse_args()
+
+
+def _run_family(cells: list[Cell], args) -> list[dict]:
+    seconds, longest = (0.1, 0.5) if args.quick else (2.0, 0.5)
+    key, problem, too_slow, measured = None, None, {}, []
+    for number, cell in enumerate(cells, 1):
+        _report.progress(f"{cell.family} {number}/{len(cells)}: {cell.label}")
+        if 4 * cell.stored > 1e9:
+            measured.append({**_describe(cell), "skipped": f"{4 * cell.stored / 1e9:.1f} GB of weights", "results": {}})
+            continue
+        if key != (key := (cell.batch, cell.shape, cell.density, cell.block)):
+            problem, too_slow = None, {}
+            gc.collect()
+            problem = Problem(cell)
+        with _measure.Load() as load:
+            if cell.family == "first call":
+                compilers = _peers_jax.first_call(cell, problem)
+                results = _measure.compile_times(compilers, jax.clear_caches, 2 if args.quick else 7)
+            else:
+                builders = _peers_jax.builders(cell, problem) | _peers_torch.builders(cell, problem)
+                builders |= {name: _refuses(reason) for name, reason in too_slow.items() if name in builders}
+                kept = (f"ours ({args.backend})", *(() if cell.num_blocks else DENSE))
+                results = _measure.measure(builders, problem.first_rows, seconds, longest, kept)
+        too_slow |= {
+            n: f"one {cell.mode} call takes {r.ms / 1e3:.1f} s" for n, r in results.items() if len(r.rounds) == 1
+        }
+        measured.append({**_describe(cell), "load_of_others": load.of_others, "results": _numbers(results)})
+    _report.progress("")
+    return measured
+
+
+def _refuses(reason: str):
+    def build():
+        raise TimeoutError(reason)
+
+    return build
+
+
+def _describe(cell: Cell) -> dict:
+    fields = ("family", "label", "batch", "shape", "density", "block", "mode", "optimizer", "num_blocks")
+    return {name: getattr(cell, name) for name in fields} | {"useful_flops": cell.useful_flops}
+
+
+def _numbers(results: dict[str, _measure.Result]) -> dict[str, dict]:
+    return {
+        name: {"ms": r.ms, "rounds": [round(ms, 5) for ms in r.rounds], "note": r.note} for name, r in results.items()
+    }
+
+
+def _limits(n: int) -> dict:
+    x = np.random.default_rng(0).standard_normal((n, n), np.float32)
+    xj, xt, many = jnp.array(x), torch.tensor(x), torch.ones(n * n * 16)
+    product = jax.jit(jnp.matmul)
+    return _measure.machine_limits(
+        lambda: product(xj, xj).block_until_ready(), lambda: xt @ xt, 2 * n**3, many.sum, many.nbytes
+    )
+
+
+def _machine() -> dict:
+    reason = _backends.why_not("cpu")
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "kernels": cpu_kernels.isa() if reason is None else f"none: {reason}",
+        "torch_threads": _peers_torch.use_all_cores(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "versions": {"jaxsparse": jaxsparse.__version__} | {name: _version(name) for name in PACKAGES},
+        "command": " ".join(["python", "benchmarks/cpu.py", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "load_before": os.getloadavg(),
+    }
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    start = time.perf_counter()
+    main()
+    print(f"{time.perf_counter() - start:.0f} s")

@@ -1,0 +1,120 @@
+"""The benchmark runs from end to end and says what it found; no timing is judged here."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FAMILIES = ["unstructured", "blocks", "small batch", "large batch", "block-diagonal", "first call"]
+missing = [name for name in ("torch", "matplotlib") if not importlib.util.find_spec(name)]
+pytestmark = pytest.mark.skipif(bool(missing), reason=f"{' and '.join(missing)} not installed")
+
+
+@pytest.fixture(autouse=True)
+def from_the_checkout(monkeypatch):
+    """`benchmarks` is no part of the installed package."""
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """(standard output, JSON, path) of one quick run, in which SparseLab can't be imported."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    (folder / "sitecustomize.py").write_text("import sys\nsys.modules['sparselab'] = None\n")
+    out = folder / "sub" / "numbers.json"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "cpu.py"), "--quick", "--backend", "xla", "--out", str(out)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (folder, ROOT)))},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout, json.loads(out.read_text()), out
+
+
+def test_the_numbers_name_the_machine_and_the_command(quick):
+    _, run, _ = quick
+    assert {"cpu", "cores", "kernels", "torch_threads", "versions", "command", "date"} <= run["machine"].keys()
+    assert run["machine"]["command"].startswith("python benchmarks/cpu.py --quick")
+    assert all(limit > 0 for limit in run["limits"].values())
+
+
+def test_every_family_has_cells_with_forward_and_training_apart(quick):
+    _, run, _ = quick
+    assert list(dict.fromkeys(cell["family"] for cell in run["cells"])) == FAMILIES
+    for family in set(FAMILIES) - {"small batch"}:
+        assert {cell["mode"] for cell in run["cells"] if cell["family"] == family} == {"forward", "training"}
+
+
+def test_every_contender_has_a_time_or_a_reason(quick):
+    _, run, _ = quick
+    for cell in run["cells"]:
+        assert "ours (xla)" in cell["results"] and "JAX dense" in cell["results"]
+        for name, result in cell["results"].items():
+            assert (result["ms"] is None) == (not result["rounds"])
+            assert result["rounds"] or result["note"], f"{name} in {cell['label']}"
+            assert "wrong result" not in result["note"], f"{name} in {cell['label']}: {result['note']}"
+
+
+def test_a_peer_that_cannot_run_shows_why(quick):
+    output, run, _ = quick
+    notes = {cell["results"]["SparseLab"]["note"] for cell in run["cells"] if cell["family"] == "unstructured"}
+    assert len(notes) == 1 and "ModuleNotFoundError" in notes.pop()
+    assert "ModuleNotFoundError" in output
+    training = [c for c in run["cells"] if c["family"] == "blocks" and c["mode"] == "training"]
+    assert all(c["results"]["torch BSR"]["note"] in output for c in training)
+
+
+def test_ratios_are_medians_over_rounds(quick):
+    _, run, _ = quick
+    cell = next(c for c in run["cells"] if c["family"] == "unstructured" and c["mode"] == "training")
+    line = next(ln for ln in run["judgements"] if ln["workload"] == cell["label"])
+    dense, ours = (cell["results"][name]["rounds"] for name in (line["against"].split("against ")[1], "ours (xla)"))
+    assert line["ratio"] == pytest.approx(np.median(np.divide(dense, ours)), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "ratio, verdict", [(0.9, "below target"), (1.5, "met"), (2.5, "aim met"), (None, "not measured")]
+)
+def test_verdicts_are_honest(ratio, verdict):
+    from benchmarks import _judge
+
+    assert _judge._verdict({"ratio": ratio, "at_least": 1.2, "aim": 2}) == verdict
+
+
+def test_a_contender_with_a_wrong_result_is_not_timed():
+    from benchmarks import _measure
+
+    rows, calls = np.ones((2, 3), np.float32), {"right": lambda: lambda: rows, "wrong": lambda: lambda: 1.01 * rows}
+    results = _measure.measure(calls, rows, seconds=0.01, longest=1.0, keep=())
+    assert len(results["right"].rounds) >= 7 and not results["wrong"].rounds
+    assert "wrong result" in results["wrong"].note
+
+
+def test_a_slow_contender_is_called_once_and_says_so():
+    from benchmarks import _measure
+
+    rows = np.ones((2, 3), np.float32)
+
+    def slow():
+        time.sleep(0.1)
+        return rows
+
+    results = _measure.measure({"slow": lambda: slow, "fast": lambda: lambda: rows}, rows, 0.01, longest=0.02, keep=())
+    assert len(results["slow"].rounds) == 1 and "one call" in results["slow"].note
+
+
+def test_the_picture_is_drawn(quick):
+    import matplotlib.image
+
+    pixels = matplotlib.image.imread(quick[2].with_suffix(".png"))
+    assert min(pixels.shape[:2]) > 800
+    assert (pixels[..., :3].min(axis=2) < 0.9).mean() > 0.05
