@@ -12,7 +12,7 @@ import numpy as np
 
 ROUNDS = (7, 15)  # at least, at most
 PAUSE = 0.003  # between turns: idle threads of torch (OpenMP) and of XLA spin for less than that, then sleep
-TURN = 0.003  # a turn repeats short calls for about this long
+TURN = 0.03  # a turn repeats short calls for about this long, as training does
 HOPELESS = 10.0  # a first call longer than this is the only one
 LONG = 0.02  # from this length on, a call is worth no untimed one before it
 

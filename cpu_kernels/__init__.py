@@ -80,11 +80,25 @@ def sddmm(x, dy, index, *, shape: tuple[int, int], block: tuple[int, int], preci
     return _call("sddmm", values, x.dtype)(x, dy, index.col_ptr, index.row_index, **_sizes(shape), **_block(block))
 
 
-def spmm_grads(x, dy, blocks, index, *, shape: tuple[int, int], block: tuple[int, int], precision=None):
-    """Returns (dy W^T, x^T dy where W is stored) for block (1, 1), in one pass over dy."""
+def spmm_grads(
+    x,
+    dy,
+    blocks,
+    index,
+    *,
+    shape: tuple[int, int],
+    block: tuple[int, int],
+    precision=None,
+    wanted: tuple[bool, bool] = (True, True),
+):
+    """Returns (dy W^T, x^T dy where W is stored) for block (1, 1), in one pass over dy; or the wanted one alone."""
     del precision
     if reason := why_not("spmm_grads", x.dtype, block, "cpu"):
         raise NotImplementedError(reason)
+    if wanted == (True, False):
+        return (spmm(dy, blocks, index, shape=shape, block=block, transposed=True),)
+    if wanted == (False, True):
+        return (sddmm(x, dy, index, shape=shape, block=block),)
     results = _result(x.shape, x.dtype), _result(blocks.shape, x.dtype)
     return _ffi_call("spmm_grads", results)(x, dy, blocks, index.row_ptr, index.col_index, index.order, **_sizes(shape))
 

@@ -14,8 +14,16 @@ constexpr int kGradVectors = 8;
 constexpr int kGradVectors = 4;
 #endif
 
-// Features of a tile that stay in the second-level cache while all lines read them.
-constexpr int64_t kGradSliceBytes = 512 << 10;
+// Features of a tile that stay in the second-level cache while all lines read them; twice as
+// many where a line would meet too few entries in a slice to pay for coming back to it.
+constexpr int64_t kGradSliceBytes = 256 << 10;
+constexpr int64_t kEntriesPerVisit = 32;
+
+int64_t grad_slice(const Lines& lines, int64_t features, int64_t feature_bytes) {
+  const int64_t slice = most<int64_t>(1, kGradSliceBytes / feature_bytes);
+  const bool few = lines.entries * slice < kEntriesPerVisit * lines.lines * features;
+  return few ? 2 * slice : slice;
+}
 
 // One tile against a chunk of lines. For entry k of line n:
 //   dots[k] += <own[n], other[index[k]]>    and, if kBoth,    sum[n] += values[k] * other[...]
@@ -127,7 +135,7 @@ void pass_chunk(const Grads<S>& g, const Batch<Sum<S>, kGradVectors>& batch, int
       for (int64_t n = first; n < last; ++n) cursors[n - first] = g.lines.ptr[n];
       if (kBoth)
         for (int64_t i = 0; i < (last - first) * T; i += L) store<L>(sum + i, Vector<A, L>{});
-      const int64_t slice = most<int64_t>(1, kGradSliceBytes / int64_t(T * sizeof(A)));
+      const int64_t slice = grad_slice(g.lines, g.other_width, T * sizeof(A));
       for (int64_t f = slice;; f += slice) {
         for (int64_t n = first; n < last; ++n) {
           int32_t& k = cursors[n - first];

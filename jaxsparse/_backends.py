@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from types import ModuleType
+from typing import NamedTuple
 
 import jax
+from jax.typing import DTypeLike
 
 import cpu_kernels
 from jaxsparse import _xla
+from jaxsparse._platforms import by_platform
 
 BACKENDS: dict[str, ModuleType] = {"xla": _xla, "cpu": cpu_kernels}
 _PREFERRED = {"cpu": "cpu"}  # platform: the back end that is faster there than XLA, where it can run
@@ -21,7 +25,9 @@ def check_name(backend: str | None) -> None:
         raise ValueError(f"unknown backend {backend!r}: there is {known}, or None for the best that can run here.")
 
 
-def why_not(backend: str, op: str = "spmm", dtype="float32", block=(1, 1), platform: str | None = None) -> str | None:
+def why_not(
+    backend: str, op: str = "spmm", dtype: DTypeLike = "float32", block=(1, 1), platform: str | None = None
+) -> str | None:
     """The reason why a back end can't run an op here (or on another platform), or None where it can."""
     check_name(backend)
     return BACKENDS[backend].why_not(op, jax.numpy.dtype(dtype), block, platform or jax.default_backend())
@@ -44,13 +50,25 @@ def call(op: str, backend: str | None, block: tuple[int, int], /, *operands, **o
         reason = why_not(backend, op, dtype, block)
         if reason is not None:
             raise NotImplementedError(f"backend {backend!r} can't run {op} here: {reason}")
-        return getattr(BACKENDS[backend], op)(*operands, **options)
-    fallback = functools.partial(getattr(_xla, op), **options)
-    better = {
-        platform: functools.partial(getattr(BACKENDS[name], op), **options)
-        for platform, name in _PREFERRED.items()
-        if why_not(name, op, dtype, block, platform) is None
-    }
-    if not better:
-        return fallback(*operands)
-    return jax.lax.platform_dependent(*operands, **better, default=fallback)
+    return by_platform(_Product(op, backend, dtype, block, tuple(options.items())), *operands)
+
+
+class _Product(NamedTuple):
+    """Which function a platform gets."""
+
+    op: str
+    backend: str | None
+    dtype: jax.numpy.dtype
+    block: tuple[int, int]
+    options: tuple[tuple[str, Hashable], ...]
+
+    def __call__(self, platform: str):
+        backend = self.backend or self._best(platform)
+        return functools.partial(getattr(BACKENDS[backend], self.op), **dict(self.options))
+
+    def _best(self, platform: str) -> str:
+        backend = _PREFERRED.get(platform, "xla")
+        return "xla" if why_not(backend, self.op, self.dtype, self.block, platform) else backend
+
+    def keeping(self, used: tuple[bool, ...]):
+        return self._replace(options=(*self.options, ("wanted", used)))  # `spmm_grads` alone has several results

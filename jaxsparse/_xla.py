@@ -125,10 +125,12 @@ def spmm_grads(
     shape: tuple[int, int],
     block: tuple[int, int],
     precision=None,
-) -> tuple[Float[Array, "m in"], Float[Array, " *values"]]:
-    """(dy W^T, the blocks of x^T dy that W stores): both gradients of `spmm`. XLA gains nothing by fusing them."""
+    wanted: tuple[bool, bool] = (True, True),
+) -> tuple[jax.Array, ...]:
+    """(dy W^T, the blocks of x^T dy that W stores), or the wanted one alone. XLA gains nothing by fusing them."""
     sizes = {"shape": shape, "block": block, "precision": precision}
-    return spmm(dy, blocks, index, transposed=True, **sizes), sddmm(x, dy, index, **sizes)
+    dx = [spmm(dy, blocks, index, transposed=True, **sizes)] if wanted[0] else []
+    return (*dx, sddmm(x, dy, index, **sizes)) if wanted[1] else tuple(dx)
 
 
 # ---- blocks ---------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import Array, Float
 
 from jaxsparse import _backends
@@ -159,19 +158,16 @@ def _spmm(how, x, blocks, bias, pattern):
 
 
 def _spmm_fwd(how, x, blocks, bias, pattern):
-    both = () if x.perturbed and blocks.perturbed else None  # static, as residuals must be arrays
-    x, blocks, bias, pattern = custom_vjp_primal_tree_values((x, blocks, bias, pattern))
     z = _spmm(how.plain, x, blocks, bias, pattern)
-    return _activate(how, z), (x, blocks, bias, pattern, z if how.activation else None, both)
+    return _activate(how, z), (x, blocks, bias, pattern, z if how.activation else None)
 
 
 # y = f(z), z = xW + b gives dz = dy f'(z); then dx = dz W^T, dW = x^T dz where W is stored, db = sum of dz.
-# Where both are wanted of an unstructured W, they are one op: a kernel then gathers dz once for the two.
+# Those of an unstructured W are one op: a kernel then gathers dz once for the two, where both are wanted.
 def _spmm_bwd(how, saved, dy):
-    x, blocks, bias, pattern, z, both = saved
-    dy = jnp.zeros(dy.shape, x.dtype) if isinstance(dy, SymbolicZero) else dy
+    x, blocks, bias, pattern, z = saved
     dz, how = _through_activation(how, z, dy), how.plain
-    if both is not None and pattern.block == (1, 1) and not pattern.transposed:
+    if pattern.block == (1, 1) and not pattern.transposed:
         dx, dw = _spmm_grads(how, x, dz, blocks, pattern)
     else:
         dx = _spmm(how, dz, blocks, None, pattern.T)  # a view: nothing moves
@@ -179,7 +175,7 @@ def _spmm_bwd(how, saved, dy):
     return dx, dw, _bias_gradient(bias, dz), None  # None: integers have no gradient
 
 
-_spmm.defvjp(_spmm_fwd, _spmm_bwd, symbolic_zeros=True)
+_spmm.defvjp(_spmm_fwd, _spmm_bwd)
 
 
 @_product

@@ -1,0 +1,101 @@
+"""A function of arrays that each platform chooses when a program is lowered, and that is traced only then.
+
+`jax.lax.platform_dependent` means the same, but traces the functions of all platforms for every call: most of a
+first call would go into programs that nobody runs. So the choice is a primitive, which its lowering replaces.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir, partial_eval
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+class Choice(Protocol):
+    """Platform to function; hashable, as it is a static parameter."""
+
+    def __call__(self, platform: str, /) -> Callable[..., Any]: ...
+
+    def keeping(self, used: tuple[bool, ...], /) -> Choice:
+        """The same with only the used ones of its results: what is not asked for need not be computed."""
+        ...
+
+
+def by_platform(choice: Choice, *operands):
+    """Calls `choice(platform)` on the operands (pytrees), which gives an array or a tuple of arrays.
+
+    The functions of all platforms must agree in the shapes and dtypes of their results.
+    """
+    leaves, tree = jax.tree.flatten(operands)
+    results = _choose.bind(*leaves, choice=_Flat(choice, tree))
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+class _Flat(NamedTuple):
+    choice: Choice
+    tree: Any
+
+    def __call__(self, platform: str):
+        function = self.choice(platform)
+        return lambda *leaves: jax.tree.leaves(function(*self.tree.unflatten(leaves)))
+
+    def keeping(self, used):
+        return self._replace(choice=self.choice.keeping(used))
+
+
+class _Vmapped(NamedTuple):
+    choice: Choice
+    axes: tuple[int | None, ...]
+
+    def __call__(self, platform: str):
+        return jax.vmap(self.choice(platform), self.axes)
+
+    def keeping(self, used):
+        return self._replace(choice=self.choice.keeping(used))
+
+
+_choose = Primitive("choose_by_platform")
+_choose.multiple_results = True
+
+
+@_choose.def_impl
+def _run(*leaves, choice):
+    return choice(jax.default_backend())(*leaves)
+
+
+@_choose.def_abstract_eval
+def _shapes(*leaves, choice):
+    return jax.tree.leaves(jax.make_jaxpr(choice(jax.default_backend()))(*leaves).out_avals)
+
+
+def _vmap(leaves, axes, *, choice):
+    results = _choose.bind(*leaves, choice=_Vmapped(choice, tuple(axes)))
+    return results, (0,) * len(results)
+
+
+def _without_unused(used: Sequence[bool], *of_inputs_and_equation):
+    equation = of_inputs_and_equation[-1]  # since JAX 0.12 which inputs are alive comes before it
+    inputs = [any(used)] * len(equation.invars)
+    if not any(used):
+        return inputs, None
+    if all(used):
+        return inputs, equation
+    outputs = [variable for variable, kept in zip(equation.outvars, used, strict=True) if kept]
+    choice = equation.params["choice"].keeping(tuple(used))
+    return inputs, equation.replace(outvars=outputs, params={"choice": choice})
+
+
+def _lowered(platform, ctx, *leaves, choice):
+    return mlir.lower_fun(choice(platform), multiple_results=True)(ctx, *leaves)
+
+
+batching.primitive_batchers[_choose] = _vmap
+partial_eval.dce_rules[_choose] = _without_unused
+for _platform in PLATFORMS:
+    mlir.register_lowering(_choose, functools.partial(_lowered, _platform), platform=_platform)
