@@ -8,7 +8,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxsparse import BlockPattern, spmm
 
-mesh = jax.make_mesh((2,), ("data",))
+mesh = jax.sharding.Mesh(jax.devices(), ("data",))
 x = jax.random.normal(jax.random.key(0), (8, 48))
 for block in (1, 8):
     pattern = BlockPattern.random(jax.random.key(1), (48, 32), density=0.3, block=block)
