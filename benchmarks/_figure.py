@@ -30,7 +30,7 @@ DOTS = ("unstructured", "small batch", "large batch", "first call")
 
 def draw(run: dict, path: Path) -> Path:
     """Writes the PNG; a family that did not run leaves its place empty."""
-    ours, machine = f"ours ({run['backend']})", run["machine"]
+    ours, machine = run["judged"], run["machine"]
     with plt.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": QUIET}):
         figure = plt.figure(figsize=(16, 15.5), facecolor=PAPER)
         grid = figure.add_gridspec(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +142,19 @@ def machine_limits(jax_product: Callable, torch_product: Callable, flops: int, t
         "torch_dense_gflops": flops / best["torch"] / 1e9,
         "memory_read_gb_per_s": size / best["memory"] / 1e9,
     }
+
+
+def cache_rates() -> dict:
+    """What one core multiplies, and loads from its caches; nothing where there is no compiler."""
+    source = Path(__file__).with_name("load_rates.cc")
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "load_rates")
+        build = [os.environ.get("CXX", "c++"), "-O3", "-march=native", "-ffp-contract=fast", "-o", program, source]
+        try:
+            subprocess.run(build, check=True, capture_output=True)
+            return json.loads(subprocess.run([program], check=True, capture_output=True).stdout)
+        except (OSError, subprocess.CalledProcessError):
+            return {}
 
 
 class Load:

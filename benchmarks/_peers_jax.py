@@ -1,4 +1,4 @@
-"""Contenders that run in JAX: ours on each back end, dense, masked, BCOO, BCSR, einsum, vmap."""
+"""Contenders that run in JAX: ours on the back end it picks and on XLA, dense, masked, BCOO, BCSR, einsum, vmap."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def first_call(cell: Cell, problem: Problem) -> dict[str, Run]:
     shared, ours = _Shared(cell, problem), _ours_diagonal if cell.num_blocks else _ours
     compiled = functools.partial(functools.partial, _compile, shared)
     return {
-        "ours (cpu)": compiled("values", _values, ours("cpu")),
+        "ours": compiled("values", _values, ours(None)),
         "ours (xla)": compiled("values", _values, ours("xla")),
         "JAX dense": compiled("dense", _dense_weight, _dense),
     }
@@ -41,7 +41,7 @@ def first_call(cell: Cell, problem: Problem) -> dict[str, Run]:
 
 def _sparse(make, cell, problem):
     everyone = {
-        "ours (cpu)": lambda: make("values", _values, _ours("cpu")),
+        "ours": lambda: make("values", _values, _ours(None)),
         "ours (xla)": lambda: make("values", _values, _ours("xla")),
         "JAX dense": lambda: make("dense", _dense_weight, _dense),
         "JAX masked": lambda: make("dense", _masked_weight, _masked),
@@ -59,7 +59,7 @@ def _sparse(make, cell, problem):
 
 def _block_diagonal(make, problem):
     return {
-        "ours (cpu)": lambda: make("values", _values, _ours_diagonal("cpu")),
+        "ours": lambda: make("values", _values, _ours_diagonal(None)),
         "ours (xla)": lambda: make("values", _values, _ours_diagonal("xla")),
         "JAX einsum": lambda: make("values", _values, _einsum),
         "JAX vmap": lambda: make("values", _values, _vmap),
@@ -159,11 +159,11 @@ def _compressed(p: Problem):
 # ---- layers: (w, x, fixed) to y ---------------------------------------------------------------------------
 
 
-def _ours(backend: str):
+def _ours(backend: str | None):
     return lambda w, x, pattern: spmm(x, w, pattern, backend=backend)
 
 
-def _ours_diagonal(backend: str):
+def _ours_diagonal(backend: str | None):
     return lambda w, x, _: block_diag_matmul(x, w, backend=backend)
 
 

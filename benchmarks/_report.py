@@ -16,6 +16,16 @@ def heading(run: dict) -> str:
         f"Python {machine['python']}, {versions}\n"
         f"dense product: JAX {limits['jax_dense_gflops']:.0f} GFLOP/s, "
         f"torch {limits['torch_dense_gflops']:.0f} GFLOP/s; reading memory: {limits['memory_read_gb_per_s']:.0f} GB/s"
+        f"{_caches(limits)}"
+    )
+
+
+def _caches(limits: dict) -> str:
+    if "fma_gflops_per_core" not in limits:
+        return "; the caches were not measured, for want of a C++ compiler"
+    return (
+        f"\none core: {limits['fma_gflops_per_core']:.0f} GFLOP/s from registers; loads "
+        f"{limits['l1_load_gb_per_s_per_core']:.0f} GB/s from L1 and {limits['l2_load_gb_per_s_per_core']:.0f} from L2"
     )
 
 

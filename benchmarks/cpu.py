@@ -40,8 +40,8 @@ def main() -> None:
     args = _arguments()
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    run = {"machine": _machine(), "backend": args.backend, "quick": args.quick, "cells": []}
-    run["limits"] = _limits(512 if args.quick else 2048)
+    run = {"machine": _machine(), "judged": args.judge, "quick": args.quick, "cells": []}
+    run["limits"] = _limits(512 if args.quick else 2048) | _measure.cache_rates()
     print(_report.heading(run), flush=True)
     for family, cells in grid(args.quick).items():
         if args.only not in (None, family):
@@ -50,7 +50,7 @@ def main() -> None:
         run["cells"] += measured
         print(_report.family_table(family, measured), flush=True)
         run["machine"]["load_after"] = os.getloadavg()
-        run["judgements"] = _judge.judge(run["cells"], f"ours ({args.backend})")
+        run["judgements"] = _judge.judge(run["cells"], args.judge)
         out.write_text(json.dumps(run, indent=1) + "\n")  # after each family: a run that is stopped leaves something
     print(_report.judgement_table(run["judgements"]))
     print(f"numbers: {out}")
@@ -62,7 +62,7 @@ def _arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument("--only", choices=list(grid(True)), help="one family of workloads")
-    parser.add_argument("--backend", choices=("cpu", "xla"), default="cpu", help="which of ours is judged")
+    parser.add_argument("--judge", choices=("ours", "ours (xla)"), default="ours", help="who the verdicts are about")
     parser.add_argument("--out", default="benchmarks/results/cpu.json", help="the PNG lies beside it")
     return parser.parse_args()
 
@@ -86,7 +86,7 @@ def _run_family(cells: list[Cell], args) -> list[dict]:
             else:
                 builders = _peers_jax.builders(cell, problem) | _peers_torch.builders(cell, problem)
                 builders |= {name: _refuses(reason) for name, reason in too_slow.items() if name in builders}
-                kept = (f"ours ({args.backend})", *(() if cell.num_blocks else DENSE))
+                kept = (args.judge, *(() if cell.num_blocks else DENSE))
                 results = _measure.measure(builders, problem.first_rows, seconds, longest, kept)
         too_slow |= {
             n: f"one {cell.mode} call takes {r.ms / 1e3:.1f} s" for n, r in results.items() if len(r.rounds) == 1

@@ -68,7 +68,13 @@ class _Product(NamedTuple):
 
     def _best(self, platform: str) -> str:
         backend = _PREFERRED.get(platform, "xla")
-        return "xla" if why_not(backend, self.op, self.dtype, self.block, platform) else backend
+        if why_not(backend, self.op, self.dtype, self.block, platform) or self._is_dense_work():
+            return "xla"
+        return backend
+
+    def _is_dense_work(self) -> bool:
+        """Diagonal blocks as large as dense layers: XLA's own product is as fast or faster (docs/performance.md)."""
+        return self.op.startswith("block_diag") and min(self.block) >= 1024
 
     def keeping(self, used: tuple[bool, ...]):
         return self._replace(options=(*self.options, ("wanted", used)))  # `spmm_grads` alone has several results

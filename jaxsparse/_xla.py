@@ -45,16 +45,14 @@ def block_diag_matmul(
 ) -> Float[Array, "m out"]:
     """Slice n of `x` times block n (its transpose if `transposed`), then bias and activation."""
     n, contract = blocks.shape[0], 2 if transposed else 1
+    if n == 1:
+        return _finish(_dot(x, blocks[0], ((1, contract - 1),), precision), bias, activation, x.dtype)
 
     def batched(x):
         return _dot(x, blocks, ((2, contract), (0, 0)), precision)  # [n, m, out/n]
 
     x = x.reshape(x.shape[0], n, x.shape[1] // n)
-    if n == 1:
-        y = batched(x.swapaxes(0, 1))
-    else:
-        y = _batch_first(batched, x)
-    y = y.swapaxes(0, 1).reshape(x.shape[0], n * y.shape[2])
+    y = _batch_first(batched, x).swapaxes(0, 1).reshape(x.shape[0], n * y.shape[2])
     return _finish(y, bias, activation, x.dtype)
 
 
@@ -62,6 +60,8 @@ def block_diag_outer(
     x: Float[Array, "m in"], dy: Float[Array, "m out"], num_blocks: int, *, precision=None
 ) -> Float[Array, "n i o"]:
     """The diagonal blocks of x^T dy."""
+    if num_blocks == 1:
+        return _dot(x, dy, ((0, 0),), precision).astype(x.dtype)[None]
     x, dy = (a.reshape(a.shape[0], num_blocks, a.shape[1] // num_blocks) for a in (x, dy))
     dw = _batch_first(lambda x, dy: _dot(x, dy, ((1, 1), (0, 0)), precision), x, dy)
     return dw.astype(x.dtype)
