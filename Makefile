@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+TESTS ?= tests
 BIN := $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE = 1
 
@@ -15,7 +16,7 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	@echo "test: every op, layer, bridge and example, several minutes on two cores"
-	@$(BIN)/python -m pytest -q tests
+	@$(BIN)/python -m pytest -q -n auto --dist loadgroup $(TESTS)
 
 check: $(VENV)/.ready
 	@echo "check: formatting, lint and types"

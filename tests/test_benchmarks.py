@@ -14,7 +14,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FAMILIES = ["unstructured", "blocks", "small batch", "large batch", "block-diagonal", "first call"]
 missing = [name for name in ("torch", "matplotlib") if not importlib.util.find_spec(name)]
-pytestmark = pytest.mark.skipif(bool(missing), reason=f"{' and '.join(missing)} not installed")
+pytestmark = [
+    pytest.mark.skipif(bool(missing), reason=f"{' and '.join(missing)} not installed"),
+    pytest.mark.xdist_group("benchmarks"),  # one worker, one quick run
+]
 
 
 @pytest.fixture(autouse=True)
