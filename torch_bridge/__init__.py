@@ -1,7 +1,8 @@
 """PyTorch on top of JAX: functions, Flax models and sparse layers that torch calls and trains."""
 
-from torch_bridge.autograd import jax2torch
-from torch_bridge.dlpack import BridgeError, jax_to_torch, torch_to_jax
+from torch_bridge._errors import BridgeError
+from torch_bridge.dlpack import jax_to_torch, torch_to_jax
+from torch_bridge.function import jax2torch
 from torch_bridge.module import FlaxModule, from_flax
 from torch_bridge.nn import BlockDiagLinear, BlockSparseLinear, SparseLinear
 
