@@ -1,4 +1,9 @@
-"""PyTorch on top of JAX: functions, Flax models and sparse layers that torch calls and trains."""
+"""PyTorch on top of JAX: functions, Flax models and sparse layers that torch calls and trains.
+
+Every call waits for its result. On a CPU, where JAX hands computations to a thread of its own, small ones are faster
+without that: `jax.config.update("jax_cpu_enable_async_dispatch", False)`, before JAX is first used
+(`benchmarks/bridge.py` measures both).
+"""
 
 from torch_bridge._errors import BridgeError
 from torch_bridge.dlpack import jax_to_torch, torch_to_jax

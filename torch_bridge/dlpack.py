@@ -111,9 +111,7 @@ def receive(a: jax.Array) -> Tensor:
     the operands before JAX has read them.
     """
     try:
-        return torch.from_dlpack(
-            a if _jax_has_gpu() else a.__dlpack__()
-        )  # one array needs no stream: a capsule will do
+        return torch.from_dlpack(a if _jax_has_gpu() else a.__dlpack__())  # a capsule is cheaper, and has no stream
     except Exception as error:
         raise BridgeError(_why_not_torch(a, error)) from error
 
