@@ -121,3 +121,17 @@ def test_the_picture_is_drawn(quick):
     pixels = matplotlib.image.imread(quick[2].with_suffix(".png"))
     assert min(pixels.shape[:2]) > 800
     assert (pixels[..., :3].min(axis=2) < 0.9).mean() > 0.05
+
+
+def test_the_benchmark_of_the_bridge_measures_everybody_or_says_why_not(tmp_path):
+    out = tmp_path / "bridge.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "bridge.py"), "--quick", "--out", str(out)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    run = json.loads(out.read_text())
+    assert {"cpu", "versions", "command", "date"} <= run["machine"].keys()
+    for workloads in run["runs"].values():
+        for workload in workloads.values():
+            results = workload["results"]
+            assert all(r["us"] or r["note"] for r in results.values())
+            assert all(r["us"] for name, r in results.items() if name.startswith(("ours", "torch ")) or name == "torch")

@@ -219,8 +219,8 @@ def test_frozen_parameters_get_no_gradient_and_cost_none():
         p.requires_grad_(name == "params.Dense_1.bias")
     module(torch.randn(3, 8)).sum().backward()
     assert [n for n, p in module.named_parameters() if p.grad is not None] == ["params.Dense_1.bias"]
-    ((op),) = module._traced.ops.values()
-    assert [sum(mask) for mask in op._forward] == [1]
+    (plan,) = module._model._plans.values()
+    assert [sum(mask) for mask in plan.op._forward] == [1]
 
 
 # ---- modes, statistics, randomness ----------------------------------------------------------
@@ -318,5 +318,5 @@ def test_repeated_calls_trace_once():
     module = wrap(Full)
     for _ in range(4):
         module(torch.randn(3, 8)).sum().backward()
-    (op,) = module._traced.ops.values()
-    assert op.traces == 1 and len(module._facts) == 1
+    (plan,) = module._model._plans.values()
+    assert plan.op.traces == 1

@@ -240,13 +240,11 @@ def test_a_pattern_of_other_sizes_is_refused_whole(other, reason):
 
 
 def test_equal_layers_share_their_compiled_code():
-    from torch_bridge.nn import _traced
-
     first, second = (SparseLinear(10, 7, 0.3) for _ in range(2))
     for layer in (first, second):
         layer(torch.ones(4, 10)).sum().backward()
-    (op,) = _traced(first._product).ops.values()
-    assert first._product == second._product and op.traces == 1
+    (op,) = first._traced.ops.values()
+    assert first._traced is second._traced and op.traces == 1
 
 
 # ---- dtypes and errors ----------------------------------------------------------

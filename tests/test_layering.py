@@ -30,14 +30,20 @@ TABLE = {
 PACKAGES = {"jaxsparse", "torch_bridge"}
 FOREIGN = {"torch", "jax", "numpy", "flax"}
 BRIDGE = {
-    "__init__.py": {"autograd", "dlpack", "module", "nn"},
-    "dlpack.py": set(),
+    "__init__.py": {"_errors", "dlpack", "function", "module", "nn"},
+    "_errors.py": set(),
+    "_process.py": {"_errors"},
+    "dlpack.py": {"_errors", "_process"},
     "flat_op.py": set(),
-    "autograd.py": {"dlpack", "flat_op"},
-    "_linen.py": {"dlpack"},
-    "_nnx.py": {"dlpack", "_linen"},
-    "module.py": {"autograd", "dlpack", "_linen", "_nnx"},
-    "nn.py": {"autograd", "dlpack"},
+    "abstract.py": {"_errors"},
+    "autograd.py": {"_errors", "dlpack", "flat_op"},
+    "compile.py": {"_errors", "abstract", "autograd", "flat_op"},
+    "function.py": {"_errors", "autograd", "compile", "dlpack", "flat_op"},
+    "_linen.py": {"_errors"},
+    "_nnx.py": {"_errors", "_linen"},
+    "model.py": {"_linen", "_nnx", "abstract", "autograd", "compile", "dlpack", "flat_op", "function"},
+    "module.py": {"_errors", "_linen", "_nnx", "dlpack", "model"},
+    "nn.py": {"dlpack", "function"},
 }
 SPARSE = {"jaxsparse._flax", "jaxsparse.formats", "jaxsparse.ops"}  # only the layers know jaxsparse
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import core, linen
 
-from torch_bridge.dlpack import BridgeError
+from torch_bridge._errors import BridgeError
 
 _TRAIN_NAMES = ("train", "training", "is_training")
 _EVAL_NAMES = ("deterministic", "eval", "use_running_average")
@@ -66,8 +66,9 @@ class LinenCall:
         return keys if training else {name: k for name, k in keys.items() if name != "dropout"}
 
 
-def as_key(seed: jax.Array) -> jax.Array:
-    """A PRNG key of two int32 words."""
+def as_key(seed: jax.Array | None) -> jax.Array:
+    """A PRNG key of two int32 words; of zeros for calls that are known not to use it."""
+    seed = jnp.zeros(2, jnp.int32) if seed is None else seed
     return jax.random.wrap_key_data(jax.lax.bitcast_convert_type(seed, jnp.uint32), impl="threefry2x32")
 
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from torch_bridge._errors import BridgeError
 from torch_bridge._linen import as_key, dotted
-from torch_bridge.dlpack import BridgeError
 
 
 class NNXCall:
@@ -68,7 +68,7 @@ class NNXCall:
                 )
         return out, changed
 
-    def _random_state(self, seed: jax.Array) -> nnx.State:
+    def _random_state(self, seed: jax.Array | None) -> nnx.State:
         leaves, tree = jax.tree.flatten(self.random)
         key = as_key(seed)
 

@@ -12,6 +12,9 @@ import torch
 from jax import core
 from torch import Tensor
 
+from torch_bridge._errors import BridgeError
+from torch_bridge._process import note_use, warn_of_preallocation
+
 _NARROW = {torch.int64: torch.int32, torch.uint64: torch.uint32}
 _LOSSY = {torch.float64: "float()", torch.complex128: "to(torch.complex64)"}
 _SIZED = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
@@ -19,10 +22,6 @@ _IN_NUMPY = frozenset(
     getattr(torch, name) for name in ["float16", "float32", "float64", "complex64", "complex128", "bool", *_SIZED]
 )
 _ALIGNMENT = 64  # bytes: what JAX wants before it reads a CPU buffer in place
-
-
-class BridgeError(TypeError):
-    """A value that cannot cross between torch and JAX: which one, why, and what to do about it."""
 
 
 def torch_to_jax(tree: Any) -> Any:
@@ -75,7 +74,7 @@ def ready(t: Tensor) -> Tensor:
         t = _narrowed(t)
     if not t.is_contiguous():
         t = t.contiguous()
-    if t.device.type == "cpu" and t.data_ptr() % _ALIGNMENT:
+    if t.is_cpu and _address(t) % _ALIGNMENT:
         t = t.clone()
     return t
 
@@ -83,17 +82,26 @@ def ready(t: Tensor) -> Tensor:
 def operand(t: Tensor) -> Any:
     """`t` as an argument of a jitted call that is waited for: a view of its memory, or of a `ready` copy."""
     t = ready(t)
-    if _jax_is_cpu_only() and t.dtype in _IN_NUMPY and t.device.type == "cpu":
+    if t.is_cpu and t.dtype in _IN_NUMPY and not _jax_has_gpu():
+        note_use()
         return t.numpy()  # ten times cheaper than DLPack
     return share(t)
 
 
 def share(t: Tensor) -> jax.Array:
-    """A jax.Array in the memory of a `ready` tensor."""
+    """A jax.Array in the memory of a `ready` tensor. On a GPU, JAX reads it after what torch's stream does now."""
+    note_use()
     try:
-        return jax.dlpack.from_dlpack(t)
+        if not t.is_cuda:
+            return jax.dlpack.from_dlpack(t)
+        warn_of_preallocation()
+        with torch.cuda.device(t.device):  # torch exports from its current device only
+            return jax.dlpack.from_dlpack(t)
     except (BufferError, RuntimeError) as error:
-        raise BridgeError(f"{t.dtype} on {t.device} cannot be shared with JAX ({error}). Convert it first.") from error
+        here = "" if _jax_has_gpu() or not t.is_cuda else " JAX has no GPU here: install jax[cuda12] or jax[cuda13]."
+        raise BridgeError(
+            f"{t.dtype} on {t.device} cannot be shared with JAX ({error}). Convert or move it first.{here}"
+        ) from error
 
 
 def receive(a: jax.Array) -> Tensor:
@@ -103,7 +111,7 @@ def receive(a: jax.Array) -> Tensor:
     the operands before JAX has read them.
     """
     try:
-        return torch.from_dlpack(a)
+        return torch.from_dlpack(a if _jax_has_gpu() else a.__dlpack__())  # a capsule is cheaper, and has no stream
     except Exception as error:
         raise BridgeError(_why_not_torch(a, error)) from error
 
@@ -113,6 +121,8 @@ class Views:
 
     For parameters: an optimizer writes into the memory that the view reads, so the view stays right, and it
     is given up as soon as the tensor is found elsewhere or of another kind. Copies and pickles start empty.
+    On a GPU a kept view brings no order between the streams of torch and JAX; some operand of each call must be
+    exchanged anew, as inputs, seeds and cotangents are.
 
     Args:
       places: numbers of the operands that stay where they are from call to call.
@@ -128,15 +138,28 @@ class Views:
         """Operand i of a call, by its kept view if it has one."""
         if i not in self._kept or not t.is_leaf:
             return operand(t)
-        r = ready(t)
-        place = (r.data_ptr(), r.dtype, r.shape)
         kept = self._kept[i]
-        if kept is not None and kept[0] == place:
+        if kept is not None and kept[0] == _place(t):
             return kept[1]
+        r = ready(t)
         view = share(r)
-        is_alias = place[:2] == (t.data_ptr(), t.dtype)  # a copy is not worth keeping
-        self._kept[i] = (place, view) if is_alias else None
+        self._kept[i] = (_place(t), view) if _place(r) == _place(t) else None  # a copy is not worth keeping
         return view
+
+
+def _place(t: Tensor) -> tuple:
+    """Equal for tensors that are the same memory, read in the same way."""
+    return t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_neg(), t.is_conj()
+
+
+def _address(t: Tensor) -> int:
+    try:
+        return t.data_ptr()
+    except RuntimeError as error:
+        raise BridgeError(
+            f"this tensor has no memory of its own ({error}). autograd.grad(is_grads_batched=True) makes such ones; "
+            "torch.func.vmap and jacrev work."
+        ) from error
 
 
 def _check_kind(t: Tensor) -> None:
@@ -186,5 +209,6 @@ def _narrowed(t: Tensor) -> Tensor:
 
 
 @functools.cache
-def _jax_is_cpu_only() -> bool:
-    return jax.default_backend() == "cpu"
+def _jax_has_gpu() -> bool:
+    note_use()
+    return jax.default_backend() == "gpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 Mask = tuple[bool, ...]
+_MANY_SHAPES = 16
 
 
 @jax.tree_util.register_dataclass
@@ -57,14 +59,16 @@ class FlatOp:
       describe: operand number -> its name, for messages.
       infer: `fn`, jitted. Always call it jitted: an output is then never an input or a constant.
       traces: how often the forward function with residuals was traced.
+      shapes: those of the operands that something was compiled for.
     """
 
     def __init__(self, fn: Callable[..., Out], name: str, describe: Callable[[int], str]):
         self.fn, self.name, self.describe = fn, name, describe
-        self.infer = jax.jit(fn)
+        self.infer = jax.jit(self._infer)
         self.traces = 0
+        self.shapes: set[tuple] = set()
         self._forward: dict[Mask, Callable[..., tuple[Out, Residuals]]] = {}
-        self._vjp: dict[Mask, FlatOp] = {}
+        self._derived: dict[tuple[str, tuple], FlatOp] = {}
 
     def forward(self, mask: Mask) -> Callable[..., tuple[Out, Residuals]]:
         """The jitted function of all operands that also keeps what the gradients of those in `mask` need."""
@@ -72,33 +76,61 @@ class FlatOp:
             self._forward[mask] = jax.jit(lambda *xs: self._with_residuals(mask, xs))
         return self._forward[mask]
 
+    # Each derivation is again a function of flat arrays, so they nest: gradients of gradients, vmaps of them.
+
     def vjp(self, mask: Mask) -> FlatOp:
         """The gradients of the operands in `mask` as a function of all operands, then the cotangents of the
-        inexact outputs. It starts from the operands again, and is itself a FlatOp: so is its own vjp."""
-        if mask not in self._vjp:
-            n = len(mask)
+        inexact outputs. It starts from the operands again."""
+        n = len(mask)
 
-            def gradients(*xs):
-                _, pullback, _ = self._pullback(mask, xs[:n])
-                return Out(_conjugate(pullback(_conjugate(xs[n:]))), None)
+        def gradients(*xs):
+            _, pullback, _ = self._pullback(mask, xs[:n])
+            return Out(_conjugate(pullback(_conjugate(xs[n:]))), None)
 
-            def describe(i):
-                return self.describe(i) if i < n else f"gradient of output {i - n}"
+        return self._derive("gradient", mask, gradients, lambda i: f"gradient of output {i - n}")
 
-            self._vjp[mask] = FlatOp(gradients, f"gradient of {self.name}", describe)
-        return self._vjp[mask]
+    def jvp(self, mask: Mask) -> FlatOp:
+        """The tangents of the inexact outputs as a function of all operands, then the tangents of those in
+        `mask`."""
+        n = len(mask)
 
-    def _pullback(self, mask: Mask, xs):
-        """jax.vjp over the operands in `mask` and the inexact outputs."""
+        def tangents(*xs):
+            function, active = self._of_active(mask, xs[:n])
+            return Out(jax.jvp(function, active, xs[n:], has_aux=True)[1], None)
 
-        def of_active(*active):
+        return self._derive("tangent", mask, tangents, lambda i: f"tangent {i - n}")
+
+    def vmap(self, axes: tuple[int | None, ...]) -> FlatOp:
+        """The function mapped over these axes of its operands; outputs are stacked along axis 0."""
+        return self._derive("batch", axes, jax.vmap(self.fn, in_axes=axes), str)
+
+    def _derive(self, kind: str, key: tuple, fn: Callable[..., Out], describe: Callable[[int], str]) -> FlatOp:
+        if (kind, key) not in self._derived:
+            own = range(len(key))
+            name = f"{kind} of {self.name}"
+            self._derived[kind, key] = FlatOp(fn, name, lambda i: self.describe(i) if i in own else describe(i))
+        return self._derived[kind, key]
+
+    def _of_active(self, mask: Mask, xs):
+        """(the inexact outputs, all outputs) as a function of the operands in `mask`; and those."""
+
+        def function(*active):
             active = iter(active)
             out = self.fn(*[next(active) if m else x for m, x in zip(mask, xs, strict=True)])
             return tuple(leaf for leaf in out.leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)), out
 
-        return jax.vjp(of_active, *[x for x, m in zip(xs, mask, strict=True) if m], has_aux=True)
+        return function, tuple(x for x, m in zip(xs, mask, strict=True) if m)
+
+    def _pullback(self, mask: Mask, xs):
+        function, active = self._of_active(mask, xs)
+        return jax.vjp(function, *active, has_aux=True)
+
+    def _infer(self, *xs) -> Out:
+        self._note_shapes(xs)
+        return self.fn(*xs)
 
     def _with_residuals(self, mask: Mask, xs) -> tuple[Out, Residuals]:
+        self._note_shapes(xs)
         self.traces += 1
         _, pullback, out = self._pullback(mask, xs)
         leaves, tree = jax.tree.flatten(pullback)
@@ -106,6 +138,20 @@ class FlatOp:
         route = tuple(where.get(id(leaf)) for leaf in leaves)
         computed = tuple(leaf for leaf, i in zip(leaves, route, strict=True) if i is None)
         return out, Residuals(computed, Plan(tree, route))
+
+    def _note_shapes(self, xs) -> None:
+        """Warns, once, when shapes go on varying."""
+        shapes = tuple(x.shape for x in xs)
+        if shapes in self.shapes:
+            return
+        self.shapes.add(shapes)
+        if len(self.shapes) == _MANY_SHAPES:
+            warnings.warn(
+                f"{self.name} has been compiled for {_MANY_SHAPES} different shapes, and will be for every new one. "
+                "Pad inputs to a few sizes (a last, smaller batch: DataLoader(drop_last=True)), or let compiled code "
+                "outlive the process: jax.config.update('jax_compilation_cache_dir', ...).",
+                stacklevel=2,
+            )
 
 
 # torch's gradient of a complex value is the conjugate of JAX's.

@@ -11,10 +11,11 @@ import torch
 from flax import linen, nnx
 from torch import Tensor, nn
 
+from torch_bridge._errors import BridgeError
 from torch_bridge._linen import LinenCall
 from torch_bridge._nnx import NNXCall
-from torch_bridge.autograd import TracedFunction, operands, run
-from torch_bridge.dlpack import BridgeError, Views, jax_to_torch, torch_to_jax
+from torch_bridge.dlpack import Views, jax_to_torch, torch_to_jax
+from torch_bridge.model import ModelFunction
 
 
 def from_flax(
@@ -71,30 +72,15 @@ class FlaxModule(nn.Module):
 
     def __init__(self, call: LinenCall | NNXCall, leaves: list[tuple[str, Any]], cast_inputs: torch.dtype | None):
         super().__init__()
-        self.call, self.cast_inputs = call, cast_inputs
+        self.call = call
         self._slots: list[tuple[nn.Module, str]] = []
         for (name, leaf), is_param in zip(leaves, call.is_param, strict=True):
             self._adopt(name, leaf, is_param)
-        self._traced = TracedFunction(call, call.name, leading=call.names, skip=3)
+        self._model = ModelFunction(call, cast_inputs)
         self._views = Views(i for i, is_param in enumerate(call.is_param) if is_param)
-        self._facts: dict[Any, tuple[bool, list[int]]] = {}
 
     def forward(self, *args, **kwargs):
-        args, kwargs = self._cast((args, kwargs))
-        leaves = self._tensors()
-        n = len(leaves)
-        device = leaves[0].device if leaves else torch.device("cpu")
-        tensors, key = self._traced.split((leaves, _NO_SEED.to(device), self.training, *args), kwargs)
-        is_random, changing = self._learn(key, tensors, n)
-        if is_random:
-            tensors[n] = _draw_seed().to(device)
-        for i in changing:  # autograd keeps what it was given, and the original is about to be overwritten
-            tensors[i] = leaves[i].clone()
-        out, new = run(self._traced.op(key), tensors, self._views)
-        with torch.no_grad():
-            for i, value in new.items():
-                leaves[i].copy_(value)
-        return out
+        return self._model(self._tensors(), self._views, self.training, args, kwargs)
 
     def variables(self) -> Any:
         """A copy of all parameters and buffers as Flax has them: a dict of collections, or an nnx.State."""
@@ -117,18 +103,8 @@ class FlaxModule(nn.Module):
             for old, t in zip(self._tensors(), tensors, strict=True):
                 old.copy_(t)
 
-    def __getstate__(self):
-        return {**self.__dict__, "_facts": {}}  # its keys hold what only this process has
-
     def _get_name(self) -> str:
         return self.call.name
-
-    def _learn(self, key: Any, tensors: list[Tensor], seed: int) -> tuple[bool, list[int]]:
-        """Whether such a call depends on its seed, and which leaves it changes; traced once per kind."""
-        kind = key, tuple([t.shape for t in tensors[seed:]])
-        if kind not in self._facts:
-            self._facts[kind] = _random_and_changing(self._traced.op(key), tensors, seed)
-        return self._facts[kind]
 
     def _adopt(self, name: str, leaf: Any, is_param: bool) -> None:
         """Puts a copy of a leaf under its path, in torch's dicts: Flax names may equal Module attributes."""
@@ -152,16 +128,6 @@ class FlaxModule(nn.Module):
                 t = scope._buffers.get(name)
             found.append(getattr(scope, name) if t is None else t)
         return found
-
-    def _cast(self, tree: Any) -> Any:
-        if self.cast_inputs is None:
-            return tree
-
-        def cast(t):
-            is_float = isinstance(t, Tensor) and t.is_floating_point()
-            return t.to(self.cast_inputs) if is_float and torch.is_autocast_enabled(t.device.type) else t
-
-        return jax.tree.map(cast, tree)
 
 
 class _Scope(nn.Module):
@@ -190,21 +156,3 @@ def _check_replaces(name: str, old: Tensor | None, t: Tensor) -> None:
             f"{name} is {old.dtype}{list(old.shape)} here, and {t.dtype}{list(t.shape)} in these variables. "
             "Convert them first, or wrap a model of that size."
         )
-
-
-_NO_SEED = torch.zeros(2, dtype=torch.int32)
-
-
-def _draw_seed() -> Tensor:
-    return torch.randint(-(2**31), 2**31 - 1, (2,), dtype=torch.int32, device="cpu")
-
-
-def _random_and_changing(op, tensors: list[Tensor], seed: int) -> tuple[bool, list[int]]:
-    """Whether the outputs depend on operand `seed`, and which leaves the call changes."""
-    closed, out = jax.make_jaxpr(op.fn, return_shape=True)(*operands(op, tensors, Views()))
-    reached = {id(closed.jaxpr.invars[seed])}
-    for equation in closed.jaxpr.eqns:
-        if any(id(v) in reached for v in equation.invars):
-            reached.update(id(v) for v in equation.outvars)
-    _, changed = jax.tree.unflatten(out.tree, out.leaves)
-    return any(id(v) in reached for v in closed.jaxpr.outvars), list(changed)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from jaxsparse import _flax, ops
 from jaxsparse.formats import BlockPattern
-from torch_bridge.autograd import TracedFunction
 from torch_bridge.dlpack import Views, jax_to_torch, torch_to_jax
+from torch_bridge.function import TracedFunction
 
 _INDEX = ("col_ptr", "row_index", "row_ptr", "col_index", "order")
 _LEADING = len(_INDEX) + 2  # operands that stay where they are: bias, the pattern's arrays, weight
@@ -64,7 +64,8 @@ class BlockDiagLinear(nn.Module):
         i = _flax.features_per_block("in_features", in_features, num_blocks)
         o = _flax.features_per_block("out_features", out_features, num_blocks)
         self.in_features, self.out_features, self.num_blocks = in_features, out_features, num_blocks
-        self._product = _Product(precision=precision, backend=backend)
+        self._product = _Product((num_blocks, i, o), precision=precision, backend=backend)
+        self._traced = _traced(self._product)
         self._views = Views(range(2 if bias else 1))
         _make_parameters(self, (num_blocks, i, o), out_features if bias else None, device, dtype)
         self.reset_parameters()
@@ -135,7 +136,9 @@ class BlockSparseLinear(nn.Module):
             mask = _as_jax_mask(mask, shape)
         pattern = _flax.make_pattern(_draw_key, shape, density, block, pattern, mask)
         self.in_features, self.out_features = shape
-        self._product = _Product(pattern.shape, pattern.block, pattern.transposed, precision, backend)
+        sizes = (pattern.values_shape, pattern.shape, pattern.block, pattern.transposed)
+        self._product = _Product(*sizes, precision, backend)
+        self._traced = _traced(self._product)
         self._views = Views(range(_LEADING if bias else _LEADING - 1))
         _make_parameters(self, pattern.values_shape, out_features if bias else None, device, dtype)
         for name in _INDEX:
@@ -227,6 +230,7 @@ class SparseLinear(BlockSparseLinear):
 class _Product:
     """What is static about a layer's product. Equal ones share their compiled code."""
 
+    values_shape: tuple[int, ...]
     shape: tuple[int, int] = (0, 0)
     block: tuple[int, int] = (0, 0)
     transposed: bool = False
@@ -266,7 +270,7 @@ def _multiply(layer: BlockDiagLinear | BlockSparseLinear, x: Tensor, index: tupl
             f"the input is {x.dtype}, but the weight {weight.dtype}, and nothing is cast silently. Use "
             f"x.to({weight.dtype}), layer.to({x.dtype}), or torch.autocast."
         )
-    return _traced(layer._product)((), {"bias": bias, "index": index, "weight": weight, "x": x}, views)
+    return layer._traced((), {"bias": bias, "index": index, "weight": weight, "x": x}, views)
 
 
 def _autocast(t: Tensor | None, dtype: torch.dtype) -> Any:
