@@ -154,9 +154,11 @@ def _row(path: str, rule: Rule | None, old: nn.Linear, new: nn.Module, **numbers
 def _relative_error(old: nn.Linear, new: Any) -> float:
     if new is old:
         return 0.0
-    difference = new.to_linear().weight.double() - old.weight.double()
-    norm = float(torch.linalg.vector_norm(old.weight.detach(), dtype=torch.float64))
-    return float(torch.linalg.vector_norm(difference.detach())) / norm if norm else 0.0
+    lost, all_of_it = (
+        float(torch.linalg.vector_norm(w.detach(), dtype=torch.float64))
+        for w in (new.to_linear().weight - old.weight, old.weight)
+    )
+    return lost / all_of_it if all_of_it else 0.0
 
 
 def _size(parameters) -> int:
