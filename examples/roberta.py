@@ -84,12 +84,12 @@ def train(models: dict[str, RobertaForMaskedLM], args) -> dict[str, np.ndarray]:
 def draw(log: dict[str, np.ndarray], sizes: dict[str, int], path: str) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), sharey=True, layout="constrained")
     for name, rows in log.items():
-        losses, clock = rows[:, 0], np.cumsum(rows[:, 1])
+        losses, steps = rows[:, 0], np.arange(1, len(rows) + 1)
         mean = [losses[max(0, i - 9) : i + 1].mean() for i in range(len(losses))]
-        for axis, x in zip(axes, (np.arange(1, len(losses) + 1), clock), strict=True):
+        for axis, x in zip(axes, (steps, steps * np.median(rows[:, 1])), strict=True):
             axis.plot(x, losses, color=COLORS[name], alpha=0.2, linewidth=1)
             axis.plot(x, mean, color=COLORS[name], linewidth=2.4, label=f"{name}, {sizes[name] / 1e6:.1f} M parameters")
-    for axis, label in zip(axes, ("step", "seconds of training"), strict=True):
+    for axis, label in zip(axes, ("step", "seconds, at the median time per step"), strict=True):
         axis.set_xlabel(label)
         axis.grid(axis="y", color="#e9e7e2")
         axis.spines[["top", "right", "left"]].set_visible(False)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from jaxsparse import _flax
 from jaxsparse import linen as sparse_linen
 from jaxsparse import nnx as sparse_nnx
+from jaxsparse._permute import block_diagonal_order as block_diagonal_order
 from jaxsparse._rules import Races, Report, Row, Rule, Rules, decide, first_match, parse
 from jaxsparse.formats import BlockPattern
 

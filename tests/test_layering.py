@@ -25,9 +25,11 @@ TABLE = {
     "jaxsparse/_flax.py": NUMERIC | {"flax", "jaxsparse.formats"},
     "jaxsparse/linen.py": NUMERIC | OPS | {"flax", "jaxsparse._flax"},
     "jaxsparse/nnx.py": NUMERIC | OPS | {"flax", "jaxsparse._flax"},
+    "jaxsparse/_permute.py": {"numpy"},
     "jaxsparse/_rules.py": BASE,
     "jaxsparse/surgery.py": NUMERIC
-    | {"flax", "jaxsparse.formats", "jaxsparse._flax", "jaxsparse.linen", "jaxsparse.nnx", "jaxsparse._rules"},
+    | {"flax", "jaxsparse.formats", "jaxsparse._flax", "jaxsparse.linen", "jaxsparse.nnx"}
+    | {"jaxsparse._permute", "jaxsparse._rules"},
     "jaxsparse/testing.py": NUMERIC | {"jaxsparse.formats", "jaxsparse.reference"},
 }
 PACKAGES = {"jaxsparse", "torch_bridge"}
