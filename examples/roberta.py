@@ -113,6 +113,8 @@ def main() -> None:
     args = parser.parse_args()
     args.rate = args.rate or (3e-3 if args.quick else 3e-4)
     torch.manual_seed(args.seed)
+    if args.quick:
+        torch.set_num_threads(1)  # of so small a model, threads would only wait for one another
 
     dense = RobertaForMaskedLM(TINY if args.quick else FULL)
     sparse = copy.deepcopy(dense)

@@ -60,7 +60,7 @@ def parse(rules: Rules) -> tuple[Rule, ...]:
     given = list(rules)
     if not given:
         raise ValueError("there are no rules: give at least one pair of a regular expression and its options.")
-    return tuple([rule if isinstance(rule, Rule) else _parse_one(rule) for rule in given])
+    return tuple([_parse_one(rule) for rule in given])
 
 
 def first_match(rules: Sequence[Rule], path: str) -> Rule | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -44,7 +45,7 @@ def sparsify(
       rules: pairs (regular expression, options). Options are {"kind": "block_diag", "num_blocks": n}, {"kind":
         "block_sparse", "density": d, "block": 32} or {"kind": "sparse", "density": d}; None leaves a layer dense.
         Block-sparse and sparse layers keep the blocks, or entries, of largest norm, block-diagonal ones what lies on
-        the diagonal.
+        the diagonal, in the order of the features as it is; `block_diagonal_order` finds better ones.
       rngs: for `fresh` layers; a conversion draws nothing.
       dry_run: report what would happen, and return the model itself.
       rescale: multiply what is kept, so that every weight keeps its Frobenius norm.
@@ -150,10 +151,10 @@ def sparsify_variables(
     with linen.intercept_methods(_interceptor((), 0, layers, others)):
         jax.eval_shape(lambda: model.dense.module.init(jax.random.key(0), *args, **kwargs))
     params: dict[tuple[str, ...], Any] = dict(flatten_dict(variables["params"]))  # pyright: ignore[reportArgumentType]
-    patterns, rows = {}, []
+    patterns, rows = dict(flatten_dict(variables.get("pattern", {}))), []
     total = sum(jnp.size(p) for p in params.values())
     for path, rule in decide(model.rules, layers, others).items():
-        scope = tuple(path.split("."))
+        scope = layers[path]
         kernel = params[*scope, "kernel"]
         bias = params.get((*scope, "bias"), np.zeros(0, kernel.dtype))
         try:
@@ -233,18 +234,19 @@ def _check_unshared(model: nnx.Module, layers: Mapping[str, nnx.Linear]) -> None
     modules = [m for _, m in nnx.iter_modules(model)]
     uses = Counter(id(v) for m in modules for v in vars(m).values() if isinstance(v, nnx.Variable))
     for path, layer in layers.items():
-        if uses[id(layer.kernel)] > 1:
-            raise ValueError(
-                f"{path} shares its kernel with another module, and replacing it would part them. Leave it dense with "
-                f"a rule ({path!r}, None) before the others, or give it a kernel of its own first."
-            )
+        for name in ("kernel", "bias"):
+            if uses[id(getattr(layer, name))] > 1:
+                raise ValueError(
+                    f"{path} shares its {name} with another module, and replacing it would part them. Leave it dense "
+                    f"with a rule ({path!r}, None) before the others, or give it a {name} of its own first."
+                )
 
 
 def _nnx_layer(old: nnx.Linear, rule: Rule, rescale: bool, rngs: nnx.Rngs | None) -> Any:
     """The layer that replaces a Linear: drawn from `rngs`, or with what the rule keeps of its kernel."""
-    plain = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+    plain = inspect.signature(nnx.Linear.__init__).parameters
     for name in ("dot_general", "promote_dtype", "preferred_element_type"):
-        if getattr(old, name) is not getattr(plain, name):
+        if getattr(old, name) is not plain[name].default:
             raise ValueError(f"it has a {name} of its own, which no sparse layer has. Leave it dense with a rule.")
     names = ("use_bias", "dtype", "param_dtype", "precision")
     options = {name: getattr(old, name) for name in names} | {"rngs": rngs or nnx.Rngs(0)}
@@ -312,8 +314,13 @@ def _step(layer: nnx.Module, x: jax.Array) -> Callable[[], Any]:
 # ---- Linen --------------------------------------------------------------------------------------------
 
 
-def _interceptor(rules: tuple[Rule, ...], depth: int, layers: dict[str, Any], others: dict[str, str]):
-    """Computes `nn.Dense` calls by sparse layers in the same scope where rules say so, and notes what it meets."""
+def _interceptor(rules: tuple[Rule, ...], depth: int, layers: dict[str, tuple], others: dict[str, str]):
+    """Computes `nn.Dense` calls by sparse layers in the same scope where rules say so, and notes what it meets.
+
+    Args:
+      depth: how much of every module's path lies above the model.
+      layers, others: filled with the scope of each Dense, and the type name of every other module, by dotted path.
+    """
 
     def intercept(next_call, args, kwargs, context):
         module = context.module
@@ -323,19 +330,22 @@ def _interceptor(rules: tuple[Rule, ...], depth: int, layers: dict[str, Any], ot
         if type(module) is not linen.Dense:
             others[path] = type(module).__name__
             return next_call(*args, **kwargs)
-        layers[path] = module
+        layers[path] = module.path[depth:]
         rule = first_match(rules, path)
         if rule is None or rule.kind is None:
             return next_call(*args, **kwargs)
-        return _linen_layer(module, path, rule)(*args, **kwargs)
+        try:
+            return _linen_layer(module, rule)(*args, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     return intercept
 
 
-def _linen_layer(dense: linen.Dense, path: str, rule: Rule) -> linen.Module:
+def _linen_layer(dense: linen.Dense, rule: Rule) -> linen.Module:
     """The sparse layer in the scope of a Dense, rewound so that a Dense that is called twice shares its weight."""
     if dense.dot_general or dense.dot_general_cls or dense.promote_dtype is not linen.Dense.promote_dtype:
-        raise ValueError(f"{path}: it has a dot_general or promote_dtype of its own, which no sparse layer has.")
+        raise ValueError("it has a dot_general or promote_dtype of its own, which no sparse layer has.")
     classes = {"block_diag": "BlockDiagDense", "block_sparse": "BlockSparseDense", "sparse": "SparseDense"}
     names = ("features", "use_bias", "dtype", "param_dtype", "precision", "kernel_init", "bias_init")
     options = {name: getattr(dense, name) for name in names} | _drawn(rule)

@@ -88,12 +88,13 @@ def test_what_does_not_fit_is_named_and_nothing_changes():
 
 def test_a_layer_in_two_places_stays_one():
     model = net()
-    model.again = model.body[2]
+    model.again = model.once_more = model.body[2]
     rule = (".*2", {"kind": "sparse", "density": 0.5})
     report = sparsify(model, [rule])
-    assert model.again is model.body[2] and isinstance(model.again, SparseLinear) and len(report) == 1
+    assert model.again is model.once_more is model.body[2] and isinstance(model.again, SparseLinear)
+    assert len(report) == 1
     report.revert()
-    assert model.again is model.body[2] and type(model.again) is nn.Linear
+    assert model.again is model.once_more is model.body[2] and type(model.again) is nn.Linear
 
 
 def test_a_weight_that_others_use_is_not_parted_from_them():
@@ -103,6 +104,17 @@ def test_a_weight_that_others_use_is_not_parted_from_them():
     with pytest.raises(ValueError, match=r"head shares its weight with embedding.*\('head', None\)"):
         sparsify(model, RULES)
     sparsify(model, [("head", None), *RULES[:3]])
+    model = net()
+    model.body[3].bias = model.body[0].bias
+    with pytest.raises(ValueError, match=r"shares its bias with body\.3"):
+        sparsify(model, RULES)
+
+
+def test_a_layer_with_hooks_is_not_replaced():
+    model = net()
+    model.head.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="head has hooks"):
+        sparsify(model, RULES)
 
 
 def test_rescaled_layers_keep_their_norm():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxsparse import BlockPattern, BlockSparseLinear, SparseLinear, _rules
+from jaxsparse import BlockPattern, BlockSparseLinear, SparseDense, SparseLinear, _rules
 from jaxsparse import nnx as sparse_nnx
 from jaxsparse.surgery import sparsify, sparsify_linen, sparsify_variables
 
@@ -153,7 +153,7 @@ LINEN_RULES = [("twice", DIAGONAL), ("up", BLOCKS), ("head", ENTRIES)]
 
 
 def test_init_makes_the_sparse_variables_under_the_dense_paths():
-    model, dense = sparsify_linen(Twice(), LINEN_RULES), Twice()
+    model = sparsify_linen(Twice(), LINEN_RULES)
     variables = jax.jit(model.init)(jax.random.key(0), X)
     shapes = jax.tree.map(jnp.shape, variables["params"])
     assert shapes == {
@@ -163,10 +163,16 @@ def test_init_makes_the_sparse_variables_under_the_dense_paths():
         "head": {"kernel": (32,)},
     }
     assert set(variables["pattern"]) == {"up", "head"} and hash(model)
-    same = sparsify_linen(dense, [LINEN_RULES[0]]).init(jax.random.key(0), X)["params"]
-    jax.tree.map(np.testing.assert_array_equal, same["up"], dense.init(jax.random.key(0), X)["params"]["up"])
-    grads = jax.grad(lambda p: model.apply({**variables, "params": p}, X).sum())(variables["params"])
-    assert jax.tree.map(jnp.shape, grads) == shapes
+    assert shapes.keys() == jax.eval_shape(Twice().init, jax.random.key(0), X)["params"].keys()
+    grad = jax.grad(lambda params, variables: model.apply({**variables, "params": params}, X).sum())
+    assert jax.tree.map(jnp.shape, jax.eval_shape(grad, variables["params"], variables)) == shapes
+
+
+def test_what_stays_dense_starts_as_in_the_dense_model():
+    dense = nn.Sequential([nn.Dense(4), nn.Dense(4)])
+    model = sparsify_linen(dense, [("layers_0", DIAGONAL)])
+    same, want = (m.init(jax.random.key(0), X)["params"]["layers_1"] for m in (model, dense))
+    np.testing.assert_array_equal(same["kernel"], want["kernel"])
 
 
 def test_converted_variables_compute_what_was_kept():
@@ -193,7 +199,7 @@ def test_a_model_with_sparse_parts_may_be_part_of_another():
         def __call__(self, x):
             return nn.Dense(3)(sparsify_linen(Twice(), LINEN_RULES)(x))
 
-    variables = Outer().init(jax.random.key(0), X)
+    variables = jax.eval_shape(Outer().init, jax.random.key(0), X)
     assert jnp.shape(variables["params"]["SparsifiedLinen_0"]["head"]["kernel"]) == (32,)
     assert jnp.shape(variables["params"]["Dense_0"]["kernel"]) == (5, 3)
 
@@ -212,11 +218,21 @@ def test_layers_under_a_scan_get_a_pattern_each():
             return nn.Dense(16, name="dense")(x), None
 
     model = sparsify_linen(Stack(), [(r"layers\.dense", BLOCKS)])
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     assert variables["params"]["layers"]["dense"]["kernel"].shape == (3, 2, 8, 8)
     assert model.apply(variables, X).shape == (3, 16)
     with pytest.raises(ValueError, match=r"layers\.dense: its kernel has shape \(3, 16, 16\)"):
         sparsify_variables(model, Stack().init(jax.random.key(0), X), X)
+
+
+def test_a_single_dense_and_one_beside_a_sparse_layer_are_converted():
+    model, dense = sparsify_linen(nn.Dense(4), [("", ENTRIES)]), nn.Dense(4)
+    sparse, report = sparsify_variables(model, dense.init(jax.random.key(0), X), X)
+    assert model.apply(sparse, X).shape == (3, 4) and report[0].path == ""
+    mixed = nn.Sequential([SparseDense(8, density=0.5), nn.Dense(4)])
+    model = sparsify_linen(mixed, [("layers_1", ENTRIES)])
+    sparse, _ = sparsify_variables(model, mixed.init(jax.random.key(0), X), X)
+    assert sparse["pattern"].keys() == {"layers_0", "layers_1"} and model.apply(sparse, X).shape == (3, 4)
 
 
 def test_linen_rules_that_match_nothing_and_odd_layers_are_told_apart():
@@ -224,6 +240,8 @@ def test_linen_rules_that_match_nothing_and_odd_layers_are_told_apart():
         sparsify_linen(Twice(), [("heat", ENTRIES)]).init(jax.random.key(0), X)
     with pytest.raises(ValueError, match="'LayerNorm_0', a LayerNorm"):
         sparsify_variables(sparsify_linen(Twice(), [("Layer.*", ENTRIES)]), {"params": {}}, X)
+    with pytest.raises(ValueError, match="head: features=5 is not a whole number"):
+        sparsify_linen(Twice(), [("head", DIAGONAL)]).init(jax.random.key(0), X)
     odd = nn.Dense(4, dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k))
     with pytest.raises(ValueError, match=r"layers_0: it has a dot_general"):
         sparsify_linen(nn.Sequential([odd]), [("layers_0", ENTRIES)]).init(jax.random.key(0), X)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -36,7 +37,7 @@ def sparsify(
       rules: pairs (regular expression, options). Options are {"kind": "block_diag", "num_blocks": n}, {"kind":
         "block_sparse", "density": d, "block": 32} or {"kind": "sparse", "density": d}; None leaves a layer dense.
         Block-sparse and sparse layers keep the blocks, or entries, of largest norm, block-diagonal ones what lies on
-        the diagonal.
+        the diagonal, in the order of the features as it is.
       dry_run: report what would happen, and change nothing.
       rescale: multiply what is kept, so that every weight keeps its Frobenius norm.
       fresh: draw pattern and weights anew, from torch's generator, for models that were not trained yet.
@@ -46,7 +47,7 @@ def sparsify(
       The report, row by row (`path`, `relative_error`, ...); its `revert()` puts the old layers back.
     Raises:
       ValueError: for bad rules and rules that match nothing, with the nearest names; for layers that a rule's sizes
-        don't fit, or whose weight other modules share. Nothing is changed then.
+        don't fit, that have hooks, or whose weight other modules share. Nothing is changed then.
     """
     races = Races(batch) if only_if_faster else None
     layers = {path: m for path, m in model.named_modules() if type(m) is nn.Linear}
@@ -65,7 +66,8 @@ def sparsify(
             rule, layer = None, old
         error = None if fresh and layer is not old else _relative_error(old, layer)
         rows.append(_row(path, rule, old, layer, relative_error=error, milliseconds=times))
-        new[old] = layer
+        if rule:
+            new[old] = layer
     return PatchReport(rows, _size(model.parameters()), [] if dry_run else _replace(model, new))
 
 
@@ -109,7 +111,7 @@ class BlockSparseModelPatcher:
     def get_patchable_layers(self, model: nn.Module) -> list[dict[str, Any]]:
         """One dict for each layer that can be replaced: "regexp", which matches it alone, and "layer"."""
         return [
-            {"regexp": path.replace(".", r"\."), "layer": m}
+            {"regexp": re.escape(path), "layer": m}
             for path, m in model.named_modules()
             if type(m) is nn.Linear and path
         ]
@@ -120,18 +122,21 @@ class BlockSparseModelPatcher:
 
 
 def _check_replaceable(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
-    """Raises ValueError for a layer that has no parent, or whose weight is used elsewhere, too."""
+    """Raises ValueError for a layer that has no parent, has hooks, or shares its weight or bias."""
     if "" in layers:
         raise ValueError("the model itself is the Linear: convert it with from_linear of the new layer's class.")
     owners = [(path, p) for path, m in model.named_modules() for p in m.parameters(recurse=False)]
     uses = Counter(id(p) for _, p in owners)
     for path, layer in layers.items():
-        if uses[id(layer.weight)] > 1:
-            other = next(owner for owner, p in owners if p is layer.weight and owner != path)
-            raise ValueError(
-                f"{path} shares its weight with {other}, and replacing it would part them. Leave it dense with a "
-                f"rule ({path!r}, None) before the others, or give it a weight of its own first."
-            )
+        if any(getattr(layer, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
+            raise ValueError(f"{path} has hooks, which its replacement would lose: register them after patching.")
+        for name, p in layer.named_parameters():
+            if uses[id(p)] > 1:
+                other = next(owner for owner, q in owners if q is p and owner != path)
+                raise ValueError(
+                    f"{path} shares its {name} with {other}, and replacing it would part them. Leave it dense with "
+                    f"a rule ({path!r}, None) before the others, or give it a {name} of its own first."
+                )
 
 
 def _convert(linear: nn.Linear, rule: Rule, rescale: bool, fresh: bool) -> nn.Module:
@@ -170,18 +175,19 @@ def _nbytes(layer: nn.Module) -> int:
 
 
 # In eval mode these read the weights of their Linear layers past the layers, unless an attribute says not to.
-_SHORTCUTS = {
-    nn.TransformerEncoder: ("use_nested_tensor", False),
-    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
-}
+_SHORTCUTS: list[tuple[type[nn.Module], str, Any]] = [
+    (nn.TransformerEncoder, "use_nested_tensor", False),
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+]
 
 
 def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> list[tuple[nn.Module, str, Any]]:
     """Puts new layers wherever the old ones are, and returns (module, attribute, old value) of all that it set."""
-    changes = [(m, name, new[child]) for m in model.modules() for name, child in m.named_children() if child in new]
-    for m in model.modules():
-        if type(m) in _SHORTCUTS and any(child in new for child in m.modules()):
-            changes.append((m, *_SHORTCUTS[type(m)]))
+    children = [(m, name, child) for m in model.modules() for name, child in m._modules.items() if child is not None]
+    changes = [(m, name, new[child]) for m, name, child in children if child in new]
+    for kind, name, value in _SHORTCUTS:
+        around = [m for m in model.modules() if isinstance(m, kind) and any(child in new for child in m.modules())]
+        changes += [(m, name, value) for m in around]
     undo = [(m, name, getattr(m, name)) for m, name, _ in changes]
     for m, name, value in changes:
         setattr(m, name, value)
