@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FORUM = ["masked", "to_sparse()", "SparseLinear"]
 LAYERS = ["dense", "block-diagonal", "block-sparse", "unstructured"]
 needs_torch = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="PyTorch is not installed")
 
@@ -79,12 +80,17 @@ def table(output: str) -> dict[str, dict[str, float]]:
 
 def check_picture(path: Path) -> None:
     """A PNG of plausible size, with more than an empty page on it."""
-    import matplotlib.image
-
-    pixels = matplotlib.image.imread(path)
+    pixels = picture(path)
     height, width, _ = pixels.shape
     assert 800 < height < 4000 and 800 < width < 4000
-    assert 0.1 < (pixels[..., :3].min(axis=2) < 0.9).mean() < 0.9
+    assert 0.1 < (pixels.min(axis=2) < 0.9).mean() < 0.9
+
+
+def picture(path: Path) -> np.ndarray:
+    """[height, width, 3] of a PNG."""
+    import matplotlib.image
+
+    return matplotlib.image.imread(path)[..., :3]
 
 
 @needs_torch
@@ -129,3 +135,38 @@ def test_the_own_mask_learns_as_the_masked_dense_layer_does(tmp_path):
     assert float(last) < 0.9 * float(first)
     assert float(last) == pytest.approx(float(dense_last), rel=0.01)
     assert int(sparse.replace(",", "")) < 0.11 * int(dense.replace(",", ""))
+
+
+@needs_torch
+def test_roberta_trains_as_well_with_half_of_its_blocks(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib, which draws the picture, is not installed")
+    pytest.importorskip("transformers", reason="transformers, which has RoBERTa, is not installed")
+    out = run("roberta", "--quick", "--steps", 20, "--out", "sub/picture.png", cwd=tmp_path)
+    assert re.search(r"^whole model +156,844 -> 119,980$", out, re.MULTILINE), out
+    rows = re.findall(r"^(dense|block-sparse) +([\d,]+) +\S+ +(\S+)$", out, re.MULTILINE)
+    assert [row[:2] for row in rows] == [("dense", "156,844"), ("block-sparse", "119,980")]
+    dense, sparse = (float(row[2]) for row in rows)
+    assert dense < 4 and sparse == pytest.approx(dense, rel=0.05)  # 5.7 at the start
+    pixels = picture(tmp_path / "sub" / "picture.png")
+    assert pixels.shape[1] == 1440 and 0.005 < (pixels.min(axis=2) < 0.9).mean() < 0.2
+
+
+@needs_torch
+def test_a_model_goes_from_flax_to_torch_and_back_with_equal_outputs(digits, tmp_path):
+    out = run("flax_and_back", "--quick", cwd=tmp_path)
+    flax, torch = map(float, re.findall(r"^(?:trained in Flax|fine-tuned in PyTorch) +(\S+)%", out, re.MULTILINE))
+    assert 85 < flax <= torch
+    assert max(map(float, re.findall(r"^largest difference .* (\S+)$", out, re.MULTILINE))) < 1e-4
+    assert out.endswith("equal bit for bit         True\n")
+
+
+@needs_torch
+def test_one_changed_line_learns_the_same_with_a_tenth_of_the_parameters(tmp_path):
+    out = run("forum_question", "--quick", cwd=tmp_path)
+    rows = {name: re.search(rf"^{re.escape(name)} +(\S+) +(\S+) +(\S+) +\S+$", out, re.MULTILINE) for name in FORUM}
+    assert all(rows.values()), out
+    losses = [[float(x) for x in row.groups()[1:]] for row in rows.values()]
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], abs=2e-4) and other[1] < other[0]
+    sizes = [int(row[1].replace(",", "")) for row in rows.values()]
+    assert sizes[2] < 0.11 * sizes[0] == 0.11 * sizes[1]

@@ -25,12 +25,18 @@ TABLE = {
     "jaxsparse/_flax.py": NUMERIC | {"flax", "jaxsparse.formats"},
     "jaxsparse/linen.py": NUMERIC | OPS | {"flax", "jaxsparse._flax"},
     "jaxsparse/nnx.py": NUMERIC | OPS | {"flax", "jaxsparse._flax"},
+    "jaxsparse/_permute.py": {"numpy"},
+    "jaxsparse/_rules.py": BASE,
+    "jaxsparse/surgery.py": NUMERIC
+    | {"flax", "jaxsparse.formats", "jaxsparse._flax", "jaxsparse.linen", "jaxsparse.nnx"}
+    | {"jaxsparse._permute", "jaxsparse._rules"},
     "jaxsparse/testing.py": NUMERIC | {"jaxsparse.formats", "jaxsparse.reference"},
 }
 PACKAGES = {"jaxsparse", "torch_bridge"}
 FOREIGN = {"torch", "jax", "numpy", "flax"}
 BRIDGE = {
-    "__init__.py": {"_errors", "dlpack", "function", "module", "nn"},
+    "__init__.py": {"_errors", "dlpack", "function", "module", "nn", "patch"},
+    "_dense.py": set(),
     "_errors.py": set(),
     "_process.py": {"_errors"},
     "dlpack.py": {"_errors", "_process"},
@@ -43,9 +49,14 @@ BRIDGE = {
     "_nnx.py": {"_errors", "_linen"},
     "model.py": {"_linen", "_nnx", "abstract", "autograd", "compile", "dlpack", "flat_op", "function"},
     "module.py": {"_errors", "_linen", "_nnx", "dlpack", "model"},
-    "nn.py": {"dlpack", "function"},
+    "nn.py": {"_dense", "dlpack", "function"},
+    "patch.py": {"nn"},
 }
-SPARSE = {"jaxsparse._flax", "jaxsparse.formats", "jaxsparse.ops"}  # only the layers know jaxsparse
+SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
+    "_dense.py": {"jaxsparse.formats"},
+    "nn.py": {"jaxsparse._flax", "jaxsparse.formats", "jaxsparse.ops"},
+    "patch.py": {"jaxsparse._rules"},
+}
 
 
 def imported(path: Path) -> set[str]:
@@ -81,7 +92,7 @@ def test_the_table_names_only_files_that_exist():
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("torch_bridge/*.py")), ids=lambda p: p.name)
 def test_the_bridge_imports_downwards(path):
-    table = {f"torch_bridge.{name}" for name in BRIDGE[path.name]} | (SPARSE if path.name == "nn.py" else set())
+    table = {f"torch_bridge.{name}" for name in BRIDGE[path.name]} | SPARSE.get(path.name, set())
     names = {name for name in imported(path) if name.split(".")[0] not in FOREIGN | sys.stdlib_module_names}
     assert names <= table
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import jax
 import torch
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from jaxsparse import _flax, ops
 from jaxsparse.formats import BlockPattern
+from torch_bridge import _dense
 from torch_bridge.dlpack import Views, jax_to_torch, torch_to_jax
 from torch_bridge.function import TracedFunction
 
+_Layer = TypeVar("_Layer", bound=nn.Module)
 _INDEX = ("col_ptr", "row_index", "row_ptr", "col_index", "order")
 _LEADING = len(_INDEX) + 2  # operands that stay where they are: bias, the pattern's arrays, weight
 
@@ -73,6 +75,21 @@ class BlockDiagLinear(nn.Module):
     def reset_parameters(self) -> None:
         """Draws weight and bias anew, from torch's generator."""
         _draw_parameters(self, self.in_features // self.num_blocks)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, num_blocks: int, *, rescale: bool = False, **options) -> BlockDiagLinear:
+        """The diagonal blocks of a `torch.nn.Linear`, with its bias, dtype, device and mode; the rest is dropped.
+
+        Args:
+          rescale: multiply the blocks, so that the weight keeps its Frobenius norm.
+          options: `precision` and `backend`.
+        """
+        layer = cls(linear.in_features, linear.out_features, num_blocks, **_options_like(linear), **options)
+        return _fill(layer, linear, _dense.gather_diagonal(linear.weight.detach().T, num_blocks), rescale)
+
+    def to_linear(self) -> nn.Linear:
+        """A `torch.nn.Linear` that computes the same, zeros stored as zeros."""
+        return _linear_of(self, torch.block_diag(*self.weight.detach()))
 
     def forward(self, x: Tensor) -> Tensor:
         return _multiply(self, x, None)
@@ -165,6 +182,38 @@ class BlockSparseLinear(nn.Module):
             with torch.no_grad():
                 self.weight.mul_(jax_to_torch(inside).to(self.weight.device))
 
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        density: float | None = None,
+        *,
+        block: int | tuple[int, int] = 32,
+        pattern: BlockPattern | None = None,
+        mask: Any = None,
+        rescale: bool = False,
+        **options,
+    ) -> Self:
+        """The blocks of largest L2 norm of a `torch.nn.Linear`, with its bias, dtype, device and mode.
+
+        Args:
+          density, block, pattern, mask: as for the class, but that `density` keeps the largest blocks.
+          rescale: multiply the blocks, so that the weight keeps its Frobenius norm, and outputs about their scale.
+          options: `precision` and `backend`.
+        """
+        shape, w = (linear.in_features, linear.out_features), linear.weight.detach().T
+        given = _flax.check_one(density, pattern, mask)
+        if given == "density":
+            pattern = BlockPattern.from_dense(_dense.to_numpy(w), density=density, block=block)  # pyright: ignore[reportArgumentType]
+        elif given == "mask":
+            pattern = BlockPattern.from_mask(_as_jax_mask(mask, shape), block)
+        layer = cls(*shape, pattern=pattern, **_options_like(linear), **options)
+        return _fill(layer, linear, _dense.gather(w, layer.pattern), rescale)
+
+    def to_linear(self) -> nn.Linear:
+        """A `torch.nn.Linear` that computes the same, zeros stored as zeros."""
+        return _linear_of(self, _dense.scatter(self.weight.detach(), self.pattern))
+
     def forward(self, x: Tensor) -> Tensor:
         return _multiply(self, x, self._index())
 
@@ -221,6 +270,10 @@ class SparseLinear(BlockSparseLinear):
         if pattern is not None and pattern.block != (1, 1):
             raise ValueError(f"the pattern has blocks of {pattern.block}, not single entries: use BlockSparseLinear.")
         super().__init__(in_features, out_features, density, (1, 1), **options)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, density: float | None = None, *, block=(1, 1), **options) -> Self:
+        return super().from_linear(linear, density, block=block, **options)
 
     def extra_repr(self) -> str:
         return super().extra_repr().replace(f"block={self._product.block}, ", "")
@@ -287,6 +340,28 @@ def _draw_parameters(layer: nn.Module, fan_in: int) -> None:
     bound = 1 / math.sqrt(fan_in)
     for p in layer.parameters(recurse=False):
         nn.init.uniform_(p, -bound, bound)
+
+
+def _options_like(linear: nn.Linear) -> dict[str, Any]:
+    return {"bias": linear.bias is not None, "device": linear.weight.device, "dtype": linear.weight.dtype}
+
+
+def _fill(layer: _Layer, linear: Any, weight: Tensor, rescale: bool) -> _Layer:
+    """A new layer that takes over a linear's mode, bias and, from its weight, what is left of it."""
+    if rescale:
+        weight = weight * _dense.lost_scale(linear.weight.detach(), weight)
+    for name, old in (("weight", weight), ("bias", linear.bias)):
+        if old is not None:
+            new: Tensor = getattr(layer, name)
+            with torch.no_grad():
+                new.copy_(old)
+            new.requires_grad_(getattr(linear, name).requires_grad)
+    return layer.train(linear.training)
+
+
+def _linear_of(layer: BlockDiagLinear | BlockSparseLinear, w: Tensor) -> nn.Linear:
+    linear = nn.Linear(*w.shape, bias=layer.bias is not None, device=w.device, dtype=w.dtype)
+    return _fill(linear, layer, w.T, False)
 
 
 def _draw_key() -> jax.Array:

@@ -1,0 +1,276 @@
+"""Which layers of a model become sparse, and how: ordered rules on dotted paths, and the report of what they did.
+
+Shared by `jaxsparse.surgery` and `torch_bridge.patch`: they know how to replace a layer, this file decides whether.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import numbers
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxsparse._indices import as_pair
+
+# kind: (the option that it can't do without, its defaults)
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "block_diag": ("num_blocks", {}),
+    "block_sparse": ("density", {"block": 32}),
+    "sparse": ("density", {}),
+}
+Rules = Iterable[tuple[str, Mapping[str, Any] | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One rule: layers whose whole path `pattern` matches become `kind`, or stay as they are where it is None."""
+
+    pattern: str
+    kind: str | None = None
+    density: float | None = None
+    block: tuple[int, int] = (1, 1)
+    num_blocks: int | None = None
+
+    def matches(self, path: str) -> bool:
+        return re.fullmatch(self.pattern, path) is not None
+
+    def describe(self) -> str:
+        """What a layer becomes, for the report."""
+        if self.kind == "block_diag":
+            return f"block_diag, {self.num_blocks} blocks"
+        blocks = "" if self.kind == "sparse" else " of {}x{}".format(*self.block)
+        return f"{self.kind}, {self.density:.4g}{blocks}"
+
+
+def parse(rules: Rules) -> tuple[Rule, ...]:
+    """The rules, checked.
+
+    Args:
+      rules: (regular expression, options) pairs. Options are a dict with "kind", one of "block_diag", "block_sparse"
+        and "sparse", and what that kind takes: "num_blocks"; "density" and "block" (default 32); "density". None
+        instead of options leaves the layers as they are, for exceptions that stand before a wider rule.
+    Raises:
+      ValueError: for no rules, something else than pairs, a bad expression, or options that are unknown, missing or
+        out of range.
+    """
+    given = list(rules)
+    if not given:
+        raise ValueError("there are no rules: give at least one pair of a regular expression and its options.")
+    return tuple([_parse_one(rule) for rule in given])
+
+
+def first_match(rules: Sequence[Rule], path: str) -> Rule | None:
+    """The first rule that matches the whole path."""
+    return next((rule for rule in rules if rule.matches(path)), None)
+
+
+def decide(rules: Sequence[Rule], layers: Iterable[str], others: Mapping[str, str]) -> dict[str, Rule]:
+    """The rule of every layer that changes: the first that matches its whole path.
+
+    Args:
+      layers: paths of the layers that could be replaced.
+      others: what else there is, path: type name; only for saying why a rule found nothing.
+    Raises:
+      ValueError: if a rule decides nothing, with the nearest names.
+    """
+    layers = list(layers)
+    first = {path: first_match(rules, path) for path in layers}
+    for n, rule in enumerate(rules):
+        if not any(rule is used for used in first.values()):
+            raise ValueError(_why_unused(rules, n, layers, others))
+    return {path: rule for path, rule in first.items() if rule and rule.kind}
+
+
+class Races:
+    """Times of forward and backward pass of dense layers and their replacements; equal pairs are raced once.
+
+    Attributes:
+      batch: the number of input rows to measure with.
+    """
+
+    def __init__(self, batch: int | None):
+        if batch is None:
+            raise ValueError("only_if_faster measures layers: give batch, the number of input rows to measure with.")
+        self.batch = batch
+        self.times: dict[Any, tuple[float, float]] = {}
+
+    def __call__(self, key: Any, make_steps: Callable[[], Sequence[Callable[[], Any]]]) -> tuple[float, float]:
+        """(dense, sparse) milliseconds of the two steps that are made for a key that is new."""
+        if key not in self.times:
+            dense, sparse = race(make_steps())
+            self.times[key] = (dense, sparse)
+        return self.times[key]
+
+
+def race(functions: Sequence[Callable[[], Any]], rounds: int = 9) -> list[float]:
+    """Median milliseconds of each function. They take turns, so that all see the same machine; one turn warms up."""
+    times: list[list[float]] = [[] for _ in functions]
+    for turn in range(rounds + 1):
+        for function, measured in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            if turn:
+                measured.append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(measured) for measured in times]
+
+
+# ---- checks and what they say ---------------------------------------------------------------------------
+
+
+def _parse_one(rule: Any) -> Rule:
+    try:
+        pattern, options = rule
+        re.compile(pattern)
+    except (TypeError, ValueError, re.error) as error:
+        raise ValueError(f"rule {rule!r} is no pair of a regular expression and its options: {error}.") from None
+    if options is None:
+        return Rule(pattern)
+    where = f"rule {pattern!r}"
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{where} has options of type {type(options).__name__}: give a dict, or None to leave layers.")
+    options = dict(options)
+    kind = options.pop("kind", None)
+    if kind not in KINDS:
+        raise ValueError(f"{where} has kind={kind!r}, but there is {', '.join(map(repr, KINDS))}.{_near(kind, KINDS)}")
+    needed, defaults = KINDS[kind]
+    known = [needed, *defaults]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{where}: {kind} takes {' and '.join(known)}, and no {name!r}.{_near(name, known)}")
+    if needed not in options:
+        raise ValueError(f"{where}: {kind} needs {needed!r}, got {options}.")
+    return Rule(pattern, kind, **_checked(where, {**defaults, **options}))
+
+
+def _checked(where: str, options: dict[str, Any]) -> dict[str, Any]:
+    density, num_blocks = options.get("density", 1), options.get("num_blocks", 1)
+    if not isinstance(density, numbers.Real) or isinstance(density, bool) or not 0 < float(density) <= 1:
+        raise ValueError(f"{where} has density={density!r}: it is the fraction of the weights that is kept, in (0, 1].")
+    if not isinstance(num_blocks, numbers.Integral) or isinstance(num_blocks, bool) or num_blocks < 1:
+        raise ValueError(f"{where} has num_blocks={num_blocks!r}: it is a whole number of at least 1.")
+    if "block" in options:
+        try:
+            options["block"] = as_pair(options["block"])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    return options
+
+
+def _near(name: Any, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _why_unused(rules: Sequence[Rule], n: int, layers: Sequence[str], others: Mapping[str, str]) -> str:
+    pattern, where = rules[n].pattern, f"rule {n + 1} of {len(rules)}, {rules[n].pattern!r},"
+    taken = [path for path in layers if rules[n].matches(path)]
+    if taken:
+        return (
+            f"{where} decides nothing: earlier rules match all of its {len(taken)} layers, as "
+            f"{next(rule.pattern for rule in rules if rule.matches(taken[0]))!r} matches {taken[0]!r}. Put it before "
+            "them, or leave it out."
+        )
+    nearest = f"{_nearest(pattern, layers)} Rules must match the whole path; '.*' stands for any part of it."
+    odd = [path for path in others if rules[n].matches(path)]
+    if odd:
+        return f"{where} matches {odd[0]!r}, a {others[odd[0]]}, and no dense layer that can be replaced. {nearest}"
+    return f"{where} matches no layer. {nearest}"
+
+
+def _nearest(pattern: str, layers: Sequence[str], count: int = 3) -> str:
+    """The layers in which the expression is found, or else those whose names are most like it."""
+    found = [path for path in layers if re.search(pattern, path)][:count]
+    plain = re.sub(r"\\(.)", r"\1", pattern)
+    names = found or difflib.get_close_matches(plain, layers, n=count, cutoff=0)
+    return f"The nearest names are {', '.join(map(repr, names))}." if names else "The model has no dense layer at all."
+
+
+# ---- the report ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What became of one layer. Sizes are (before, after); bytes are of parameters, and after with the pattern's.
+
+    Attributes:
+      path: the layer's dotted path.
+      kind: what it became; "dense" where `only_if_faster` left it.
+      before, after: both in words.
+      parameters, bytes: (before, after).
+      relative_error: |W - W'| / |W|, in Frobenius norms, W' being the matrix that is left; None for fresh weights.
+      milliseconds: (dense, sparse) of forward and backward pass, where they were measured.
+    """
+
+    path: str
+    kind: str
+    before: str
+    after: str
+    parameters: tuple[int, int]
+    bytes: tuple[int, int]
+    relative_error: float | None = None
+    milliseconds: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, path: str, rule: Rule | None, shape: tuple[int, int], **numbers) -> Row:
+        """The row of an (in, out) layer; without a rule it stayed dense, as that was faster."""
+        after = rule.describe() if rule else "dense, which is faster"
+        return cls(path, str(rule.kind) if rule else "dense", "{}x{}".format(*shape), after, **numbers)
+
+
+class Report(Sequence):
+    """The rows of all layers that a rule took, in the model's order; `print` shows them as a table.
+
+    Attributes:
+      rows: a list of `Row`.
+      parameters: (before, after) of the whole model.
+    """
+
+    def __init__(self, rows: Sequence[Row], parameters_before: int):
+        self.rows = list(rows)
+        saved = sum(before - after for before, after in self._pairs()[0])
+        self.parameters = (parameters_before, parameters_before - saved)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __str__(self) -> str:
+        lines = [("path", "before", "after", "parameters", "MB", "error", "ms")]
+        lines += [_cells(row) for row in self.rows]
+        sums = [[sum(pair[i] for pair in pairs) for i in (0, 1)] for pairs in self._pairs()]
+        lines.append(
+            (f"{len(self)} layer{'s' * (len(self) != 1)}", "", "", _arrow(sums[0], ","), _megabytes(sums[1]), "", "")
+        )
+        lines.append(("whole model", "", "", _arrow(self.parameters, ","), "", "", ""))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        keep = [i for i in range(len(widths)) if any(line[i] for line in lines[1:])]
+        text = ["  ".join(line[i].ljust(widths[i]) for i in keep).rstrip() for line in lines]
+        return "\n".join(text)
+
+    __repr__ = __str__
+
+    def _pairs(self) -> list[list[tuple[int, int]]]:
+        return [[row.parameters for row in self.rows], [row.bytes for row in self.rows]]
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    error = "" if row.relative_error is None else f"{row.relative_error:.3f}"
+    ms = "" if row.milliseconds is None else _arrow(row.milliseconds, ".2f")
+    return row.path, row.before, row.after, _arrow(row.parameters, ","), _megabytes(row.bytes), error, ms
+
+
+def _megabytes(size: Sequence[int]) -> str:
+    return _arrow([n / 1e6 for n in size], ".2f")
+
+
+def _arrow(pair: Sequence[float], form: str) -> str:
+    return " -> ".join(f"{number:{form}}" for number in pair)

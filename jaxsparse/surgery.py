@@ -1,0 +1,353 @@
+"""Dense layers of a Flax model replaced by sparse ones, picked by rules on their paths: NNX and Linen."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float
+
+from jaxsparse import _flax
+from jaxsparse import linen as sparse_linen
+from jaxsparse import nnx as sparse_nnx
+from jaxsparse._permute import block_diagonal_order as block_diagonal_order
+from jaxsparse._rules import Races, Report, Row, Rule, Rules, decide, first_match, parse
+from jaxsparse.formats import BlockPattern
+
+
+def sparsify(
+    model: nnx.Module,
+    rules: Rules,
+    *,
+    rngs: nnx.Rngs | None = None,
+    dry_run: bool = False,
+    rescale: bool = False,
+    fresh: bool = False,
+    only_if_faster: bool = False,
+    batch: int | None = None,
+) -> tuple[nnx.Module, Report]:
+    """A copy of an NNX model with sparse layers, which keep the largest weights, in the place of `nnx.Linear` ones.
+
+        model, report = sparsify(model, [(r".*\\.mlp\\..*", {"kind": "block_sparse", "density": 0.5})])
+
+    A rule is a regular expression and its options; the first one that matches a layer's whole dotted path decides.
+
+    Args:
+      model: stays as it is, and shares nothing with the copy. Layers of subclasses of Linear are left alone.
+      rules: pairs (regular expression, options). Options are {"kind": "block_diag", "num_blocks": n}, {"kind":
+        "block_sparse", "density": d, "block": 32} or {"kind": "sparse", "density": d}; None leaves a layer dense.
+        Block-sparse and sparse layers keep the blocks, or entries, of largest norm, block-diagonal ones what lies on
+        the diagonal, in the order of the features as it is; `block_diagonal_order` finds better ones.
+      rngs: for `fresh` layers; a conversion draws nothing.
+      dry_run: report what would happen, and return the model itself.
+      rescale: multiply what is kept, so that every weight keeps its Frobenius norm.
+      fresh: draw pattern and weights anew, for models that were not trained yet.
+      only_if_faster: replace a layer only where its forward and backward pass takes less time than the dense one's.
+      batch: for `only_if_faster`, the number of input rows to measure with.
+    Returns:
+      The new model, and the report, row by row (`path`, `relative_error`, ...).
+    Raises:
+      ValueError: for bad rules and rules that match nothing, with the nearest names; for layers that a rule's sizes
+        don't fit, whose weight others share, or that hold what a sparse layer can't take over.
+    """
+    if fresh and rngs is None:
+        raise ValueError("fresh layers draw their weights: give rngs=nnx.Rngs(seed).")
+    races = Races(batch) if only_if_faster else None
+    layers, others = _nnx_layers(model)
+    chosen = decide(parse(rules), layers, others)
+    _check_unshared(model, {path: layers[path] for path in chosen})
+    rows, new = [], {}
+    for path, rule in chosen.items():
+        old = layers[path]
+        try:
+            layer = _nnx_layer(old, rule, rescale, rngs if fresh else None)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        times = _race(races, rule, old, layer) if races else None
+        if times and times[1] >= times[0]:
+            rule, layer = None, old
+        error = None if fresh and rule else _relative_error(old.kernel[...], layer)
+        sizes = {name: (size(old), size(layer)) for name, size in (("parameters", _size), ("bytes", _nbytes))}
+        shape = (old.in_features, old.out_features)
+        rows.append(Row.of(path, rule, shape, **sizes, relative_error=error, milliseconds=times))
+        if rule:
+            new[path] = layer
+    report = Report(rows, _size(model))
+    if dry_run:
+        return model, report
+    put = lambda path, node: new.get(_dotted(path), node) if isinstance(node, nnx.Module) else node  # noqa: E731
+    return nnx.recursive_map(put, nnx.clone(model)), report
+
+
+def sparsify_linen(module: linen.Module, rules: Rules) -> SparsifiedLinen:
+    """A Linen module whose `nn.Dense` layers are sparse where rules say so: its `init` makes the sparse variables.
+
+        model = sparsify_linen(Transformer(), [(r".*\\.mlp\\..*", {"kind": "sparse", "density": 0.1})])
+        variables = model.init(key, x)  # "params" under the same paths as before, and "pattern"
+
+    Args:
+      module: any Linen module that is called through `__call__`. Where it lifts (`nn.scan`, `nn.vmap`), give the
+        collection "pattern" an axis.
+      rules: as for `sparsify`.
+    Raises:
+      ValueError: for bad rules, here; in `init`, for rules that match nothing, with the nearest names.
+    """
+    return SparsifiedLinen(_Apart(module), parse(rules))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Apart:
+    """Hides a module from Flax, which would make it a submodule with a name and random keys of its own."""
+
+    module: linen.Module
+
+
+class SparsifiedLinen(linen.Module):
+    """What `sparsify_linen` returns. It is called as the dense model; `torch_bridge.from_flax` needs `train_kwarg`.
+
+    Attributes:
+      dense: holds the dense model. Its names, and the values that `init` draws for what stays dense, stay the same.
+      rules: the parsed rules.
+    """
+
+    dense: _Apart
+    rules: tuple[Rule, ...]
+
+    def __call__(self, *args, **kwargs):
+        assert self.scope is not None  # Flax calls only bound modules
+        layers, others = {}, {}
+        inner = self.dense.module.clone(parent=self.scope.rewound(), name=None)
+        with linen.intercept_methods(_interceptor(self.rules, len(self.path), layers, others)):
+            out = inner(*args, **kwargs)
+        if self.is_initializing():
+            decide(self.rules, layers, others)
+        return out
+
+
+def sparsify_variables(
+    model: SparsifiedLinen, variables: Mapping[str, Any], *args, rescale: bool = False, **kwargs
+) -> tuple[dict[str, Any], Report]:
+    """Variables of a trained dense Linen model as those of the sparse one, largest weights kept.
+
+    Args:
+      model: from `sparsify_linen`.
+      variables: of the dense model.
+      args, kwargs: an input for the model, which tells where its dense layers are; nothing is computed with it.
+      rescale: multiply what is kept, so that every weight keeps its Frobenius norm.
+    Returns:
+      New variables with a collection "pattern", and the report.
+    Raises:
+      ValueError: for rules that match nothing, and layers that a rule's sizes don't fit.
+    """
+    layers, others = {}, {}
+    with linen.intercept_methods(_interceptor((), 0, layers, others)):
+        jax.eval_shape(lambda: model.dense.module.init(jax.random.key(0), *args, **kwargs))
+    params: dict[tuple[str, ...], Any] = dict(flatten_dict(variables["params"]))  # pyright: ignore[reportArgumentType]
+    patterns, rows = dict(flatten_dict(variables.get("pattern", {}))), []
+    total = sum(jnp.size(p) for p in params.values())
+    for path, rule in decide(model.rules, layers, others).items():
+        scope = layers[path]
+        kernel = params[*scope, "kernel"]
+        bias = params.get((*scope, "bias"), np.zeros(0, kernel.dtype))
+        try:
+            values, pattern = _convert(kernel, rule, rescale)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        params[*scope, "kernel"] = values
+        if pattern is not None:
+            patterns[*scope, "pattern"] = pattern
+        sizes = {
+            "parameters": (kernel.size + bias.size, values.size + bias.size),
+            "bytes": (kernel.nbytes + bias.nbytes, values.nbytes + bias.nbytes + _tree_nbytes(pattern)),
+        }
+        error = _distance(kernel, _densify(values, pattern))
+        rows.append(Row.of(path, rule, kernel.shape, **sizes, relative_error=error))
+    new = {**variables, "params": unflatten_dict(params)}
+    if patterns:
+        new["pattern"] = unflatten_dict(patterns)
+    return new, Report(rows, total)
+
+
+# ---- one weight ---------------------------------------------------------------------------------------
+
+
+def _convert(kernel: Float[Array, "in out"], rule: Rule, rescale: bool) -> tuple[jax.Array, BlockPattern | None]:
+    """What a rule keeps of a dense kernel: (values, pattern), without a pattern for block-diagonal ones."""
+    if kernel.ndim != 2:
+        raise ValueError(
+            f"its kernel has shape {kernel.shape}: layers that were stacked by vmap or scan are not converted. "
+            "Make the sparse layers inside of the lifted module instead."
+        )
+    if rule.kind == "block_diag":
+        pattern, values = None, _diagonal_blocks(kernel, rule.num_blocks or 1)
+    else:
+        pattern = BlockPattern.from_dense(kernel, density=rule.density or 0, block=rule.block)
+        values = pattern.gather(kernel)
+    if rescale:
+        before, after = (float(np.linalg.norm(np.asarray(w, np.float64))) for w in (kernel, values))
+        values = (values * (before / after if after else 1.0)).astype(kernel.dtype)
+    return values, pattern
+
+
+def _diagonal_blocks(kernel: Float[Array, "in out"], num_blocks: int) -> Float[Array, "n i o"]:
+    i, o = (
+        _flax.features_per_block(name, size, num_blocks) for name, size in zip(("in", "out"), kernel.shape, strict=True)
+    )
+    n = jnp.arange(num_blocks)
+    return kernel.reshape(num_blocks, i, num_blocks, o)[n, :, n]
+
+
+def _densify(values: jax.Array, pattern: BlockPattern | None) -> jax.Array:
+    return jax.scipy.linalg.block_diag(*values) if pattern is None else pattern.to_dense(values)
+
+
+def _distance(before: jax.Array, after: jax.Array) -> float:
+    """|before - after| / |before|, in Frobenius norms; 0 for a zero matrix."""
+    old, new = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    norm = np.linalg.norm(old)
+    return float(np.linalg.norm(new - old) / norm) if norm else 0.0
+
+
+# ---- NNX ----------------------------------------------------------------------------------------------
+
+
+def _dotted(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+def _nnx_layers(model: nnx.Module) -> tuple[dict[str, nnx.Linear], dict[str, str]]:
+    """The layers that can be replaced, and the type names of all other modules, by path."""
+    modules = {_dotted(path): m for path, m in nnx.iter_modules(model)}
+    layers = {path: m for path, m in modules.items() if type(m) is nnx.Linear}
+    return layers, {path: type(m).__name__ for path, m in modules.items() if path not in layers}
+
+
+def _check_unshared(model: nnx.Module, layers: Mapping[str, nnx.Linear]) -> None:
+    modules = [m for _, m in nnx.iter_modules(model)]
+    uses = Counter(id(v) for m in modules for v in vars(m).values() if isinstance(v, nnx.Variable))
+    for path, layer in layers.items():
+        for name in ("kernel", "bias"):
+            if uses[id(getattr(layer, name))] > 1:
+                raise ValueError(
+                    f"{path} shares its {name} with another module, and replacing it would part them. Leave it dense "
+                    f"with a rule ({path!r}, None) before the others, or give it a {name} of its own first."
+                )
+
+
+def _nnx_layer(old: nnx.Linear, rule: Rule, rescale: bool, rngs: nnx.Rngs | None) -> Any:
+    """The layer that replaces a Linear: drawn from `rngs`, or with what the rule keeps of its kernel."""
+    plain = inspect.signature(nnx.Linear.__init__).parameters
+    for name in ("dot_general", "promote_dtype", "preferred_element_type"):
+        if getattr(old, name) is not plain[name].default:
+            raise ValueError(f"it has a {name} of its own, which no sparse layer has. Leave it dense with a rule.")
+    names = ("use_bias", "dtype", "param_dtype", "precision")
+    options = {name: getattr(old, name) for name in names} | {"rngs": rngs or nnx.Rngs(0)}
+    shape = (old.in_features, old.out_features)
+    if rngs is not None:
+        return _nnx_class(rule)(*shape, **_drawn(rule), **options)
+    values, pattern = _convert(old.kernel[...], rule, rescale)
+    place = {"num_blocks": rule.num_blocks} if pattern is None else {"pattern": pattern}
+    layer = _nnx_class(rule)(*shape, **place, kernel_init=nnx.initializers.zeros_init(), **options)
+    layer.kernel[...] = values
+    if old.bias is not None:
+        layer.bias[...] = old.bias[...]
+    return layer
+
+
+def _nnx_class(rule: Rule) -> Any:
+    classes = {"block_diag": "BlockDiagLinear", "block_sparse": "BlockSparseLinear", "sparse": "SparseLinear"}
+    return getattr(sparse_nnx, classes[str(rule.kind)])
+
+
+def _drawn(rule: Rule) -> dict[str, Any]:
+    """The arguments of a layer that draws its pattern itself."""
+    if rule.kind == "block_diag":
+        return {"num_blocks": rule.num_blocks}
+    return {"density": rule.density} | ({"block": rule.block} if rule.kind == "block_sparse" else {})
+
+
+def _relative_error(kernel: jax.Array, layer: Any) -> float:
+    if isinstance(layer, nnx.Linear):
+        return 0.0
+    pattern = layer.pattern.get_value() if hasattr(layer, "pattern") else None
+    return _distance(kernel, _densify(layer.kernel[...], pattern))
+
+
+def _size(module: nnx.Module) -> int:
+    return sum(p.size for p in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+
+def _nbytes(module: nnx.Module) -> int:
+    return _tree_nbytes(nnx.state(module))
+
+
+def _tree_nbytes(tree: Any) -> int:
+    return sum(a.nbytes for a in jax.tree.leaves(tree))
+
+
+def _race(races: Races, rule: Rule, dense: nnx.Linear, sparse: Any) -> tuple[float, float]:
+    dtype = dense.dtype or dense.param_dtype
+
+    def steps():
+        x = jax.random.normal(jax.random.key(0), (races.batch, dense.in_features), dtype)
+        return [_step(layer, x) for layer in (dense, sparse)]
+
+    kernel = dense.kernel[...]
+    return races((kernel.shape, kernel.dtype, dtype, dense.use_bias, dense.precision, rule.describe()), steps)
+
+
+def _step(layer: nnx.Module, x: jax.Array) -> Callable[[], Any]:
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+    loss = lambda params, x, rest: nnx.merge(graph, params, rest)(x).sum()  # noqa: E731
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    return lambda: jax.block_until_ready(grad(params, x, rest))
+
+
+# ---- Linen --------------------------------------------------------------------------------------------
+
+
+def _interceptor(rules: tuple[Rule, ...], depth: int, layers: dict[str, tuple], others: dict[str, str]):
+    """Computes `nn.Dense` calls by sparse layers in the same scope where rules say so, and notes what it meets.
+
+    Args:
+      depth: how much of every module's path lies above the model.
+      layers, others: filled with the scope of each Dense, and the type name of every other module, by dotted path.
+    """
+
+    def intercept(next_call, args, kwargs, context):
+        module = context.module
+        if context.method_name != "__call__":
+            return next_call(*args, **kwargs)
+        path = _dotted(module.path[depth:])
+        if type(module) is not linen.Dense:
+            others[path] = type(module).__name__
+            return next_call(*args, **kwargs)
+        layers[path] = module.path[depth:]
+        rule = first_match(rules, path)
+        if rule is None or rule.kind is None:
+            return next_call(*args, **kwargs)
+        try:
+            return _linen_layer(module, rule)(*args, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    return intercept
+
+
+def _linen_layer(dense: linen.Dense, rule: Rule) -> linen.Module:
+    """The sparse layer in the scope of a Dense, rewound so that a Dense that is called twice shares its weight."""
+    if dense.dot_general or dense.dot_general_cls or dense.promote_dtype is not linen.Dense.promote_dtype:
+        raise ValueError("it has a dot_general or promote_dtype of its own, which no sparse layer has.")
+    classes = {"block_diag": "BlockDiagDense", "block_sparse": "BlockSparseDense", "sparse": "SparseDense"}
+    names = ("features", "use_bias", "dtype", "param_dtype", "precision", "kernel_init", "bias_init")
+    options = {name: getattr(dense, name) for name in names} | _drawn(rule)
+    assert dense.scope is not None  # Flax calls only bound modules
+    return getattr(sparse_linen, classes[str(rule.kind)])(**options, parent=dense.scope.rewound())

@@ -1,0 +1,226 @@
+"""Whole torch models patched by rules, and put back as they were."""
+
+import copy
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="torch_bridge needs torch")
+
+import torch
+from torch import nn
+
+from jaxsparse import _rules
+from torch_bridge import BlockDiagLinear, BlockSparseLinear, BlockSparseModelPatcher, SparseLinear, sparsify
+
+RULES = [
+    (r"body\.0", {"kind": "block_diag", "num_blocks": 4}),
+    (r"body\.2", None),
+    (r"body\.\d+", {"kind": "block_sparse", "density": 0.5, "block": 8}),
+    ("head", {"kind": "sparse", "density": 0.2}),
+]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 16))
+        self.head = nn.Linear(16, 5, bias=False)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+def test_a_patched_model_computes_with_what_each_layer_kept():
+    model, x = net(), torch.randn(3, 16)
+    dense = copy.deepcopy(model)
+    report = sparsify(model, RULES)
+    kinds = [type(m) for m in (*model.body, model.head)]
+    assert kinds == [BlockDiagLinear, nn.ReLU, nn.Linear, BlockSparseLinear, SparseLinear]
+    assert [row.path for row in report] == ["body.0", "body.3", "head"]
+    for row in report:
+        old, new = dense.get_submodule(row.path), model.get_submodule(row.path)
+        kept = new.to_linear().weight
+        assert row.relative_error == pytest.approx(((kept - old.weight).norm() / old.weight.norm()).item(), rel=1e-5)
+        assert 0 < row.relative_error < 1
+        with torch.no_grad():
+            old.weight.copy_(kept)
+        assert row.parameters == tuple(sum(p.numel() for p in m.parameters()) for m in (old, new))
+    torch.testing.assert_close(model(x), dense(x))
+    assert report.parameters == tuple(sum(p.numel() for p in m.parameters()) for m in (dense, model))
+
+
+def test_a_dry_run_reports_the_same_and_changes_nothing():
+    model = net()
+    modules, values = list(model.modules()), copy.deepcopy(model.state_dict())
+    report = sparsify(model, RULES, dry_run=True)
+    assert list(model.modules()) == modules
+    assert all(torch.equal(values[name], t) for name, t in model.state_dict().items())
+    report.revert()
+    assert list(report) == list(sparsify(model, RULES)) and list(model.modules()) != modules
+
+
+def test_revert_puts_the_very_layers_back():
+    model = net()
+    modules = list(model.modules())
+    report = sparsify(model, RULES)
+    report.revert()
+    report.revert()
+    assert list(model.modules()) == modules
+
+
+def test_what_does_not_fit_is_named_and_nothing_changes():
+    model = net()
+    modules = list(model.modules())
+    with pytest.raises(ValueError, match="head: out_features=5 is not a whole number"):
+        sparsify(model, [(".*", {"kind": "block_diag", "num_blocks": 2})])
+    with pytest.raises(ValueError, match=r"'body\.1', a ReLU"):
+        sparsify(model, [*RULES, (r"body\.1", {"kind": "sparse", "density": 0.5})])
+    with pytest.raises(ValueError, match="convert it with from_linear"):
+        sparsify(nn.Linear(4, 4), [(".*", {"kind": "sparse", "density": 0.5})])
+    assert list(model.modules()) == modules
+
+
+def test_a_layer_in_two_places_stays_one():
+    model = net()
+    model.again = model.once_more = model.body[2]
+    rule = (".*2", {"kind": "sparse", "density": 0.5})
+    report = sparsify(model, [rule])
+    assert model.again is model.once_more is model.body[2] and isinstance(model.again, SparseLinear)
+    assert len(report) == 1
+    report.revert()
+    assert model.again is model.once_more is model.body[2] and type(model.again) is nn.Linear
+
+
+def test_a_weight_that_others_use_is_not_parted_from_them():
+    model = net()
+    model.embedding = nn.Embedding(5, 16)
+    model.head.weight = model.embedding.weight
+    with pytest.raises(ValueError, match=r"head shares its weight with embedding.*\('head', None\)"):
+        sparsify(model, RULES)
+    sparsify(model, [("head", None), *RULES[:3]])
+    model = net()
+    model.body[3].bias = model.body[0].bias
+    with pytest.raises(ValueError, match=r"shares its bias with body\.3"):
+        sparsify(model, RULES)
+
+
+def test_a_layer_with_hooks_is_not_replaced():
+    model = net()
+    model.head.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="head has hooks"):
+        sparsify(model, RULES)
+
+
+def test_rescaled_layers_keep_their_norm():
+    model = net()
+    norm = model.body[3].weight.norm()
+    sparsify(model, RULES, rescale=True)
+    torch.testing.assert_close(model.body[3].weight.norm(), norm)
+
+
+def test_fresh_layers_are_drawn_from_torchs_generator():
+    weights = []
+    for seed in (1, 1, 2):
+        model = net().eval()
+        torch.manual_seed(seed)
+        report = sparsify(model, RULES, fresh=True)
+        assert [row.relative_error for row in report] == [None] * 3 and not model.head.training
+        weights.append(model.head.weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_a_model_patched_by_the_same_rules_loads_the_state():
+    model, other, x = net(), Net(), torch.randn(3, 16)
+    for m in (model, other):
+        sparsify(m, RULES)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), model(x))
+
+
+def test_training_follows_the_masked_dense_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4))
+    sparsify(model, [("0", {"kind": "block_sparse", "density": 0.5, "block": 8})])
+    dense = nn.Sequential(model[0].to_linear(), nn.Tanh(), copy.deepcopy(model[2]))
+    mask = dense[0].weight.detach() != 0
+    dense[0].weight.register_hook(lambda g: g * mask)
+    for m in (model, dense):
+        optimizer = torch.optim.AdamW(m.parameters(), 0.01, weight_decay=0)
+        torch.manual_seed(1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (m(torch.randn(8, 16)) - 1).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(model[0].to_linear().weight, dense[0].weight, atol=1e-5, rtol=1e-4)
+
+
+def test_only_what_is_faster_is_replaced(monkeypatch):
+    rounds = iter([[2.0, 1.0], [1.0, 2.0], [1.0, 1.0]])
+    stepped = []
+    monkeypatch.setattr(_rules, "race", lambda steps: [step() for step in steps] and stepped.append(1) or next(rounds))
+    model = net()
+    report = sparsify(model, RULES, only_if_faster=True, batch=8)
+    assert [row.kind for row in report] == ["block_diag", "dense", "dense"] and len(stepped) == 3
+    assert [row.milliseconds for row in report] == [(2.0, 1.0), (1.0, 2.0), (1.0, 1.0)]
+    assert type(model.body[0]) is BlockDiagLinear and type(model.head) is nn.Linear
+    assert report.parameters[1] == sum(p.numel() for p in model.parameters())
+    with pytest.raises(ValueError, match="give batch"):
+        sparsify(net(), RULES, only_if_faster=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage")
+def test_torchs_own_transformer_runs_in_eval_mode():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, dropout=0.0)
+    model, x, mask = nn.TransformerEncoder(layer, 2), torch.randn(2, 4, 32), torch.zeros(2, 4, dtype=torch.bool)
+    mask[:, 3:] = True
+    options = {"src_key_padding_mask": mask}
+    with torch.no_grad():
+        before = model.eval()(x, **options)
+    report = sparsify(model, [(r".*linear\d", {"kind": "block_sparse", "density": 1, "block": 16})])
+    with torch.no_grad():
+        after = model(x, **options)
+        torch.testing.assert_close(after[:, :3], before[:, :3])
+        report.revert()
+        assert torch.equal(model(x, **options), before)
+
+
+def test_the_patcher_speaks_the_words_of_pytorch_block_sparse():
+    model, patcher = net(), BlockSparseModelPatcher()
+    found = patcher.get_patchable_layers(model)
+    assert [layer["regexp"] for layer in found] == [r"body\.0", r"body\.2", r"body\.3", "head"]
+    assert found[3]["layer"] is model.head
+    patcher.add_pattern(r"body\.[0-9]+", {"density": 0.5, "block": 16})
+    with pytest.raises(ValueError, match="needs 'density'"):
+        patcher.add_pattern("head", {})
+    report = patcher.patch_model(model)
+    assert [row.kind for row in report] == ["block_sparse"] * 3 and model.body[0].density == 0.5
+    report.revert()
+
+
+def test_roberta_keeps_67_6_of_its_83_5_million_parameters():
+    transformers = pytest.importorskip("transformers", reason="transformers, which has RoBERTa, is not installed")
+    config = transformers.RobertaConfig(
+        vocab_size=52000,
+        max_position_embeddings=514,
+        num_attention_heads=12,
+        num_hidden_layers=6,
+        type_vocab_size=1,
+    )
+    model, patcher = transformers.RobertaForMaskedLM(config), BlockSparseModelPatcher()
+    assert model.num_parameters() == 83_504_416
+    for name in ("intermediate", "output", r"attention\.output"):
+        patcher.add_pattern(rf"roberta\.encoder\.layer\.[0-9]+\.{name}\.dense", {"density": 0.5})
+    report = patcher.patch_model(model)
+    assert len(report) == 18 and report.parameters[1] == model.num_parameters() == 67_579_168
+    ids = torch.from_numpy(np.random.default_rng(0).integers(5, 261, (2, 16)))
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    dense = model.roberta.encoder.layer[0].intermediate.dense
+    assert dense.weight.grad.shape == (24 * 96 // 2, 32, 32) and dense.weight.grad.abs().sum() > 0

@@ -1,0 +1,116 @@
+"""Rules on paths: which one decides, what a bad one is told, and the report."""
+
+import numpy as np
+import pytest
+
+from jaxsparse._rules import Races, Report, Row, Rule, decide, parse, race
+
+LAYERS = ["encoder.0.up", "encoder.0.down", "encoder.1.up", "encoder.10.up", "head"]
+OTHERS = {"encoder.0.norm": "LayerNorm", "encoder": "ModuleList"}
+SPARSE = {"kind": "sparse", "density": 0.1}
+
+
+def kinds(*rules):
+    return {path: rule.kind for path, rule in decide(parse(rules), LAYERS, OTHERS).items()}
+
+
+def test_the_first_rule_that_matches_the_whole_path_decides():
+    diagonal = {"kind": "block_diag", "num_blocks": 2}
+    assert kinds((r"encoder\.1\.up", diagonal), (r"encoder\..*", SPARSE)) == {
+        "encoder.0.up": "sparse",
+        "encoder.0.down": "sparse",
+        "encoder.1.up": "block_diag",
+        "encoder.10.up": "sparse",
+    }
+
+
+def test_a_rule_without_options_leaves_layers_dense():
+    assert kinds((".*(up|down)", None), (".*", SPARSE)) == {"head": "sparse"}
+
+
+@pytest.mark.parametrize(
+    "pattern, reasons",
+    [
+        ("encoder.0.upp", ["rule 1 of 1", "matches no layer", "'encoder.0.up'"]),
+        (r"encoder\.0\.dowm", ["matches no layer", "'encoder.0.down'"]),
+        (r"\.up", ["must match the whole path", "'encoder.0.up', 'encoder.1.up', 'encoder.10.up'"]),
+        (r"encoder\.\d+\.norm", ["'encoder.0.norm', a LayerNorm", "'.*' stands for any part"]),
+    ],
+)
+def test_a_rule_that_matches_nothing_is_told_the_nearest_names(pattern, reasons):
+    with pytest.raises(ValueError) as error:
+        kinds((pattern, SPARSE))
+    assert all(reason in str(error.value) for reason in reasons), error.value
+
+
+def test_a_rule_whose_layers_are_all_taken_is_an_error():
+    with pytest.raises(ValueError, match=r"rule 2 of 2, 'head', decides nothing: .* '\.\*' matches 'head'"):
+        kinds((".*", SPARSE), ("head", None))
+
+
+def test_a_model_without_dense_layers_says_so():
+    with pytest.raises(ValueError, match="no dense layer at all"):
+        decide(parse([(".*", SPARSE)]), [], OTHERS)
+
+
+@pytest.mark.parametrize(
+    "rules, reason",
+    [
+        ([], "no rules"),
+        (["head"], "no pair"),
+        ([("(", SPARSE)], "unterminated subpattern"),
+        ([("head", 0.5)], "options of type float"),
+        ([("head", {"density": 0.5})], "kind=None, but there is 'block_diag', 'block_sparse', 'sparse'"),
+        ([("head", {"kind": "block-sparse"})], "Did you mean 'block_sparse'"),
+        ([("head", {"kind": "sparse", "density": 0.5, "block": 8})], "sparse takes density, and no 'block'"),
+        ([("head", {"kind": "block_sparse", "densty": 0.5})], "no 'densty'. Did you mean 'density'"),
+        ([("head", {"kind": "block_sparse", "block": 8})], "block_sparse needs 'density'"),
+        ([("head", {"kind": "sparse", "density": 50})], r"density=50: it is the fraction .* kept, in \(0, 1\]"),
+        ([("head", {"kind": "sparse", "density": float("nan")})], "density=nan"),
+        ([("head", {"kind": "sparse", "density": "0.5"})], "density='0.5'"),
+        ([("head", {"kind": "block_sparse", "density": 0.5, "block": 0})], "rule 'head': block="),
+        ([("head", {"kind": "block_diag", "num_blocks": 2.5})], "num_blocks=2.5"),
+    ],
+)
+def test_a_bad_rule_is_refused_with_the_reason(rules, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse(rules)
+
+
+def test_rules_take_defaults_and_numpy_numbers():
+    rules = parse([("head", {"kind": "block_sparse", "density": np.float32(0.5)}), (".*", None)])
+    assert rules == (Rule("head", "block_sparse", 0.5, (32, 32)), Rule(".*", None)) and hash(rules)
+
+
+def test_a_report_is_its_rows_and_prints_as_a_table():
+    rule = parse([(".*", SPARSE)])[0]
+    rows = [
+        Row.of("a.b", rule, (100, 20), parameters=(2000, 200), bytes=(8000, 3200), relative_error=0.25),
+        Row.of("head", None, (10, 10), parameters=(100, 100), bytes=(400, 400), milliseconds=(1.0, 2.5)),
+    ]
+    report = Report(rows, 5000)
+    assert list(report) == rows and len(report) == 2 and report[0].path == "a.b"
+    assert report.parameters == (5000, 3200)
+    assert [line.split() for line in str(report).splitlines()] == [
+        "path before after parameters MB error ms".split(),
+        "a.b 100x20 sparse, 0.1 2,000 -> 200 0.01 -> 0.00 0.250".split(),
+        "head 10x10 dense, which is faster 100 -> 100 0.00 -> 0.00 1.00 -> 2.50".split(),
+        "2 layers 2,100 -> 300 0.01 -> 0.00".split(),
+        "whole model 5,000 -> 3,200".split(),
+    ]
+    assert "ms" not in str(Report(rows[:1], 5000)).splitlines()[0]
+
+
+def test_functions_take_turns_in_a_race():
+    calls = []
+    times = race([lambda: calls.append("dense"), lambda: calls.append("sparse")], rounds=3)
+    assert calls == ["dense", "sparse"] * 4 and len(times) == 2
+
+
+def test_equal_pairs_are_raced_once():
+    races, made = Races(16), []
+    for key in ("a", "b", "a"):
+        races(key, lambda key=key: made.append(key) or [int, int])
+    assert made == ["a", "b"]
+    with pytest.raises(ValueError, match="give batch"):
+        Races(None)

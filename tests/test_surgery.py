@@ -1,0 +1,247 @@
+"""Flax models with sparse layers put in by rules: NNX by replacement, Linen by interception."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxsparse import BlockPattern, BlockSparseLinear, SparseDense, SparseLinear, _rules
+from jaxsparse import nnx as sparse_nnx
+from jaxsparse.surgery import sparsify, sparsify_linen, sparsify_variables
+
+DIAGONAL = {"kind": "block_diag", "num_blocks": 4}
+BLOCKS = {"kind": "block_sparse", "density": 0.5, "block": 8}
+ENTRIES = {"kind": "sparse", "density": 0.2}
+RULES = [("up", DIAGONAL), (r"body\.0", None), (r"body\..*", BLOCKS), ("head", ENTRIES)]
+X = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
+
+
+class Net(nnx.Module):
+    def __init__(self, **options):
+        options = {"rngs": nnx.Rngs(0), **options}
+        self.up = nnx.Linear(16, 32, **options)
+        self.body = nnx.List([nnx.Linear(32, 32, **options) for _ in range(2)])
+        self.norm = nnx.LayerNorm(32, rngs=options["rngs"])
+        self.head = nnx.Linear(32, 5, **options, use_bias=False)
+
+    def __call__(self, x):
+        x = nnx.relu(self.up(x))
+        for layer in self.body:
+            x = nnx.relu(layer(x))
+        return self.head(self.norm(x))
+
+
+def dense_kernel(layer):
+    """The (in, out) matrix of a sparse layer, by the formula of its pattern."""
+    kernel = np.asarray(layer.kernel[...], np.float32)
+    if isinstance(layer, sparse_nnx.BlockDiagLinear):
+        return np.asarray(jax.scipy.linalg.block_diag(*kernel))
+    return np.asarray(layer.pattern.get_value().to_dense(jnp.asarray(kernel)))
+
+
+# ---- NNX ----------------------------------------------------------------------------------------------
+
+
+def test_a_new_model_computes_with_what_each_layer_kept():
+    model = Net()
+    before = jax.tree.map(np.array, nnx.state(model))
+    new, report = sparsify(model, RULES)
+    kinds = [type(m) for m in (new.up, *new.body, new.norm, new.head)]
+    assert kinds == [sparse_nnx.BlockDiagLinear, nnx.Linear, BlockSparseLinear, nnx.LayerNorm, SparseLinear]
+    assert {row.path: row.kind for row in report} == {
+        "up": "block_diag",
+        "body.1": "block_sparse",
+        "head": "sparse",
+    }
+    masked = nnx.clone(model)
+    for row, layer in zip(report, (new.body[1], new.head, new.up), strict=True):
+        old = {"up": masked.up, "body.1": masked.body[1], "head": masked.head}[row.path]
+        kept, w = dense_kernel(layer), np.asarray(old.kernel[...])
+        np.testing.assert_array_equal(kept[kept != 0], w[kept != 0])
+        assert row.relative_error == pytest.approx(np.linalg.norm(kept - w) / np.linalg.norm(w))
+        old.kernel[...] = kept
+    np.testing.assert_allclose(new(X), masked(X), rtol=1e-4, atol=1e-5)
+    count = lambda m: sum(p.size for p in jax.tree.leaves(nnx.state(m, nnx.Param)))  # noqa: E731
+    assert report.parameters == (count(model), count(new))
+    new.body[0].kernel[...] = jnp.zeros((32, 32))
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, nnx.state(model)))
+
+
+def test_a_dry_run_returns_the_model_and_the_same_report():
+    model = Net()
+    same, report = sparsify(model, RULES, rngs=nnx.Rngs(0), dry_run=True)
+    assert same is model and list(report) == list(sparsify(model, RULES)[1])
+
+
+def test_full_layers_keep_everything_in_any_dtype():
+    model = Net(param_dtype=jnp.bfloat16)
+    rules = [("up", {"kind": "block_diag", "num_blocks": 1}), ("head", {"kind": "sparse", "density": 1})]
+    new, report = sparsify(model, [*rules, (".*", {"kind": "block_sparse", "density": 1, "block": (5, 7)})])
+    assert [row.relative_error for row in report] == [0] * 4
+    assert new.head.kernel[...].dtype == new.body[0].kernel[...].dtype == jnp.bfloat16
+    assert all((dense_kernel(new.body[i]) == np.asarray(model.body[i].kernel[...], np.float32)).all() for i in (0, 1))
+
+
+def test_rescaled_layers_keep_their_norm_and_the_top_blocks():
+    model = Net()
+    new, _ = sparsify(model, RULES, rescale=True)
+    old, kept = np.asarray(model.body[1].kernel[...]), dense_kernel(new.body[1])
+    assert np.linalg.norm(kept) == pytest.approx(np.linalg.norm(old))
+    assert new.body[1].pattern.get_value().to_mask().tolist() == (
+        BlockPattern.from_dense(old, density=0.5, block=8).to_mask().tolist()
+    )
+
+
+def test_fresh_layers_are_drawn_from_the_rngs():
+    rules = [("head", ENTRIES)]
+    heads = [sparsify(Net(), rules, fresh=True, rngs=nnx.Rngs(seed))[0].head.kernel[...] for seed in (1, 1, 2)]
+    assert (heads[0] == heads[1]).all() and not (heads[0] == heads[2]).any()
+    with pytest.raises(ValueError, match="give rngs"):
+        sparsify(Net(), RULES, fresh=True)
+
+
+def test_a_layer_in_two_places_stays_one_and_a_shared_kernel_is_refused():
+    model = Net()
+    model.again = model.head
+    new, report = sparsify(model, [("again", ENTRIES)])
+    assert new.again is new.head and isinstance(new.head, SparseLinear) and len(report) == 1
+    model = Net()
+    model.body[1].kernel = model.body[0].kernel
+    with pytest.raises(ValueError, match=r"body\.1 shares its kernel"):
+        sparsify(model, RULES)
+
+
+def test_what_does_not_fit_is_named():
+    with pytest.raises(ValueError, match="head: out=5 is not a whole number"):
+        sparsify(Net(), [("head", DIAGONAL)])
+    with pytest.raises(ValueError, match="'norm', a LayerNorm"):
+        sparsify(Net(), [("norm", ENTRIES)])
+    with pytest.raises(ValueError, match="body.1: it has a dot_general of its own"):
+        sparsify(Net(dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k)), RULES)
+    stacked = nnx.vmap(lambda key: nnx.Linear(4, 4, rngs=nnx.Rngs(key)))(jax.random.split(jax.random.key(0), 3))
+    with pytest.raises(ValueError, match=r"kernel has shape \(3, 4, 4\)"):
+        sparsify(nnx.Sequential(stacked), [(r"layers\.0", ENTRIES)])
+
+
+def test_only_what_is_faster_is_replaced(monkeypatch):
+    rounds = iter([[1.0, 2.0], [2.0, 1.0], [1.0, 1.0]])
+    monkeypatch.setattr(_rules, "race", lambda steps: [step() for step in steps] and next(rounds))
+    new, report = sparsify(Net(), RULES, only_if_faster=True, batch=8)
+    assert [(row.path, row.kind) for row in report] == [("body.1", "dense"), ("head", "sparse"), ("up", "dense")]
+    assert [row.milliseconds for row in report] == [(1.0, 2.0), (2.0, 1.0), (1.0, 1.0)]
+    assert type(new.up) is nnx.Linear and type(new.head) is SparseLinear
+
+
+# ---- Linen --------------------------------------------------------------------------------------------
+
+
+class Twice(nn.Module):
+    """One Dense called twice, one under remat, one scanned, and dropout."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        dense = nn.Dense(16, name="twice")
+        x = nn.relu(dense(dense(x)))
+        x = nn.remat(nn.Dense)(32, name="up")(x)
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return nn.Dense(5, name="head", use_bias=False)(nn.LayerNorm()(x))
+
+
+LINEN_RULES = [("twice", DIAGONAL), ("up", BLOCKS), ("head", ENTRIES)]
+
+
+def test_init_makes_the_sparse_variables_under_the_dense_paths():
+    model = sparsify_linen(Twice(), LINEN_RULES)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
+    shapes = jax.tree.map(jnp.shape, variables["params"])
+    assert shapes == {
+        "twice": {"kernel": (4, 4, 4), "bias": (16,)},
+        "up": {"kernel": (4, 8, 8), "bias": (32,)},
+        "LayerNorm_0": {"scale": (32,), "bias": (32,)},
+        "head": {"kernel": (32,)},
+    }
+    assert set(variables["pattern"]) == {"up", "head"} and hash(model)
+    assert shapes.keys() == jax.eval_shape(Twice().init, jax.random.key(0), X)["params"].keys()
+    grad = jax.grad(lambda params, variables: model.apply({**variables, "params": params}, X).sum())
+    assert jax.tree.map(jnp.shape, jax.eval_shape(grad, variables["params"], variables)) == shapes
+
+
+def test_what_stays_dense_starts_as_in_the_dense_model():
+    dense = nn.Sequential([nn.Dense(4), nn.Dense(4)])
+    model = sparsify_linen(dense, [("layers_0", DIAGONAL)])
+    same, want = (m.init(jax.random.key(0), X)["params"]["layers_1"] for m in (model, dense))
+    np.testing.assert_array_equal(same["kernel"], want["kernel"])
+
+
+def test_converted_variables_compute_what_was_kept():
+    dense, model = Twice(), sparsify_linen(Twice(), LINEN_RULES)
+    variables = dense.init(jax.random.key(0), X)
+    sparse, report = sparsify_variables(model, variables, X, train=False)
+    params, masked = sparse["params"], jax.tree.map(lambda a: a, variables["params"])
+    masked["twice"]["kernel"] = jax.scipy.linalg.block_diag(*params["twice"]["kernel"])
+    for name in ("up", "head"):
+        masked[name]["kernel"] = sparse["pattern"][name]["pattern"].to_dense(params[name]["kernel"])
+    options = {"train": True, "rngs": {"dropout": jax.random.key(1)}}
+    want = dense.apply({"params": masked}, X, **options)
+    np.testing.assert_allclose(model.apply(sparse, X, **options), want, rtol=1e-4, atol=1e-5)
+    for row in report:
+        new, old = (np.asarray(tree[row.path]["kernel"]) for tree in (masked, variables["params"]))
+        assert row.relative_error == pytest.approx(np.linalg.norm(new - old) / np.linalg.norm(old))
+    sizes = [sum(p.size for p in jax.tree.leaves(tree)) for tree in (variables["params"], params)]
+    assert report.parameters == tuple(sizes)
+
+
+def test_a_model_with_sparse_parts_may_be_part_of_another():
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(sparsify_linen(Twice(), LINEN_RULES)(x))
+
+    variables = jax.eval_shape(Outer().init, jax.random.key(0), X)
+    assert jnp.shape(variables["params"]["SparsifiedLinen_0"]["head"]["kernel"]) == (32,)
+    assert jnp.shape(variables["params"]["Dense_0"]["kernel"]) == (5, 3)
+
+
+def test_layers_under_a_scan_get_a_pattern_each():
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            axes = {"params": 0, "pattern": 0}
+            scan = nn.scan(Body, variable_axes=axes, split_rngs={"params": True}, length=3)
+            return scan(name="layers")(x, None)[0]
+
+    class Body(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(16, name="dense")(x), None
+
+    model = sparsify_linen(Stack(), [(r"layers\.dense", BLOCKS)])
+    variables = jax.jit(model.init)(jax.random.key(0), X)
+    assert variables["params"]["layers"]["dense"]["kernel"].shape == (3, 2, 8, 8)
+    assert model.apply(variables, X).shape == (3, 16)
+    with pytest.raises(ValueError, match=r"layers\.dense: its kernel has shape \(3, 16, 16\)"):
+        sparsify_variables(model, Stack().init(jax.random.key(0), X), X)
+
+
+def test_a_single_dense_and_one_beside_a_sparse_layer_are_converted():
+    model, dense = sparsify_linen(nn.Dense(4), [("", ENTRIES)]), nn.Dense(4)
+    sparse, report = sparsify_variables(model, dense.init(jax.random.key(0), X), X)
+    assert model.apply(sparse, X).shape == (3, 4) and report[0].path == ""
+    mixed = nn.Sequential([SparseDense(8, density=0.5), nn.Dense(4)])
+    model = sparsify_linen(mixed, [("layers_1", ENTRIES)])
+    sparse, _ = sparsify_variables(model, mixed.init(jax.random.key(0), X), X)
+    assert sparse["pattern"].keys() == {"layers_0", "layers_1"} and model.apply(sparse, X).shape == (3, 4)
+
+
+def test_linen_rules_that_match_nothing_and_odd_layers_are_told_apart():
+    with pytest.raises(ValueError, match="'heat', matches no layer.*'head'"):
+        sparsify_linen(Twice(), [("heat", ENTRIES)]).init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match="'LayerNorm_0', a LayerNorm"):
+        sparsify_variables(sparsify_linen(Twice(), [("Layer.*", ENTRIES)]), {"params": {}}, X)
+    with pytest.raises(ValueError, match="head: features=5 is not a whole number"):
+        sparsify_linen(Twice(), [("head", DIAGONAL)]).init(jax.random.key(0), X)
+    odd = nn.Dense(4, dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k))
+    with pytest.raises(ValueError, match=r"layers_0: it has a dot_general"):
+        sparsify_linen(nn.Sequential([odd]), [("layers_0", ENTRIES)]).init(jax.random.key(0), X)
