@@ -25,6 +25,11 @@ TABLE = {
     "jaxsparse/_flax.py": NUMERIC | {"flax", "jaxsparse.formats"},
     "jaxsparse/linen.py": NUMERIC | OPS | {"flax", "jaxsparse._flax"},
     "jaxsparse/nnx.py": NUMERIC | OPS | {"flax", "jaxsparse._flax"},
+    "jaxsparse/_select.py": NUMERIC,
+    "jaxsparse/_places.py": NUMERIC | FORMATS | {"jaxsparse._select"},
+    "jaxsparse/_carry.py": NUMERIC,
+    "jaxsparse/pruning.py": NUMERIC | BASE | {"optax", "jaxsparse._select"},
+    "jaxsparse/dynamic.py": NUMERIC | FORMATS | {"jaxsparse._carry", "jaxsparse._places", "jaxsparse._select"},
     "jaxsparse/testing.py": NUMERIC | {"jaxsparse.formats", "jaxsparse.reference"},
 }
 PACKAGES = {"jaxsparse", "torch_bridge"}
