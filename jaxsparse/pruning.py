@@ -24,7 +24,13 @@ Schedule = Callable[[Any], Any]
 
 
 def score(
-    name: str, w: Float[Array, "in out"], *, grad=None, x=None, key=None, block: int | tuple[int, int] = (1, 1)
+    name: str,
+    w: Float[Array, "in out"],
+    *,
+    grad: Any = None,
+    x: Any = None,
+    key: Any = None,
+    block: int | tuple[int, int] = (1, 1),
 ) -> Float[Array, "grid_in grid_out"]:
     """How much every block, or single entry, of a dense weight matters: the higher, the rather it is kept.
 

@@ -30,12 +30,14 @@ TABLE = {
     "jaxsparse/_carry.py": NUMERIC,
     "jaxsparse/pruning.py": NUMERIC | BASE | {"optax", "jaxsparse._select"},
     "jaxsparse/dynamic.py": NUMERIC | FORMATS | {"jaxsparse._carry", "jaxsparse._places", "jaxsparse._select"},
+    "jaxsparse/checkpoint.py": NUMERIC | FORMATS,
     "jaxsparse/testing.py": NUMERIC | {"jaxsparse.formats", "jaxsparse.reference"},
 }
 PACKAGES = {"jaxsparse", "torch_bridge"}
 FOREIGN = {"torch", "jax", "numpy", "flax"}
 BRIDGE = {
     "__init__.py": {"autograd", "dlpack", "module", "nn"},
+    "checkpoint.py": set(),
     "dlpack.py": set(),
     "flat_op.py": set(),
     "autograd.py": {"dlpack", "flat_op"},
@@ -44,7 +46,8 @@ BRIDGE = {
     "module.py": {"autograd", "dlpack", "_linen", "_nnx"},
     "nn.py": {"autograd", "dlpack"},
 }
-SPARSE = {"jaxsparse._flax", "jaxsparse.formats", "jaxsparse.ops"}  # only the layers know jaxsparse
+# what they may know of jaxsparse
+SPARSE = {"nn.py": {"jaxsparse._flax", "jaxsparse.formats", "jaxsparse.ops"}, "checkpoint.py": {"jaxsparse.checkpoint"}}
 
 
 def imported(path: Path) -> set[str]:
@@ -80,7 +83,7 @@ def test_the_table_names_only_files_that_exist():
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("torch_bridge/*.py")), ids=lambda p: p.name)
 def test_the_bridge_imports_downwards(path):
-    table = {f"torch_bridge.{name}" for name in BRIDGE[path.name]} | (SPARSE if path.name == "nn.py" else set())
+    table = {f"torch_bridge.{name}" for name in BRIDGE[path.name]} | SPARSE.get(path.name, set())
     names = {name for name in imported(path) if name.split(".")[0] not in FOREIGN | sys.stdlib_module_names}
     assert names <= table
 
