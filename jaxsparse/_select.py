@@ -76,4 +76,4 @@ def ranks(marked: Bool[Array, " n"]) -> Int[Array, " n"]:
 def packed(marked: Bool[Array, " n"], values: Array, size: int, fill) -> Array:
     """The marked values, in order, in the first entries of an array of `size` that is `fill` behind them."""
     at = jnp.where(marked, ranks(marked), size)
-    return jnp.full((size,), fill, values.dtype).at[at].set(values, mode="drop", unique_indices=True)
+    return jnp.full((size,), fill, values.dtype).at[at].set(values, mode="drop")

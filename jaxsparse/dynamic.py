@@ -256,9 +256,9 @@ def _chunks(x, dy, pattern: BlockPattern, kept, width: int):
         def leave_out(k, key):
             at = jax.lax.dynamic_slice_in_dim(stored, first + k * part, part) - start
             at = jnp.minimum(at, size).astype(jnp.int32)  # what lies before the start has wrapped around
-            return key.at[at].set(0, mode="drop", unique_indices=True)
+            return key.at[at].set(0, mode="drop")
 
-        inside = jnp.arange(size, dtype=jnp.uint32) < math.prod(pattern.grid) - start
+        inside = jnp.arange(size, dtype=jnp.uint32) < np.uint32(math.prod(pattern.grid)) - start
         key = jnp.where(inside, _select.keys(scores).reshape(-1), 0)
         return jax.lax.fori_loop(0, -(-(last - first) // max(part, 1)), leave_out, key)
 

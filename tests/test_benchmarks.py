@@ -118,3 +118,17 @@ def test_the_picture_is_drawn(quick):
     pixels = matplotlib.image.imread(quick[2].with_suffix(".png"))
     assert min(pixels.shape[:2]) > 800
     assert (pixels[..., :3].min(axis=2) < 0.9).mean() > 0.05
+
+
+def test_the_cost_of_moving_is_reported(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "moving.py"), "--size", "128", "--rounds", "1"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "numbers.json")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "numbers.json").read_text())["rows"]
+    assert [row["block"] for row in rows] == [1, 32]
+    assert all(row["ms"]["step"] > 0 and row["rigl_in_steps"] > 0 and row["memory_of_dense"] < 0.2 for row in rows)

@@ -92,11 +92,12 @@ def test_set_drops_the_smallest_and_grows_everywhere_alike(block, density):
     blocks, pattern = make((40, 33), density, block)
     count = round(0.3 * pattern.nnzb)
     kept, _ = oracle(blocks, pattern, np.zeros((1, 40)), np.zeros((1, 33)), count)
-    times = np.zeros(pattern.grid)
     move = jax.jit(lambda key: dynamic.set_(key, blocks, pattern, (), drop_fraction=0.3)[1])
+    times = np.zeros(pattern.grid[::-1])
     for key in jax.random.split(KEY, 300):
         new = move(key)
-        times[np.asarray(new.rows), np.asarray(new.cols)] += 1
+        times[np.repeat(np.arange(pattern.grid[1]), np.diff(new.col_ptr)), np.asarray(new.row_index)] += 1
+    times = times.T
     check_valid(new)
     assert new.nnzb == pattern.nnzb and (times[kept] == 300).all()
     expected = 300 * count / (~kept).sum()
@@ -262,6 +263,15 @@ def test_rigl_makes_a_bounded_part_of_the_dense_gradient(block, monkeypatch):
     monkeypatch.setattr(dynamic, "CHUNK", 2**30)
     assert temporaries() > 4 * 8192**2  # the whole gradient at once would be seen
     dynamic._rigl.clear_cache()
+
+
+@pytest.mark.parametrize("density,batch", [(0.0, 3), (1.0, 3), (0.2, 0)])
+def test_nothing_stored_everything_stored_and_no_batch(density, batch):
+    blocks, pattern = make((40, 33), density)
+    x, dy = (np.ones((batch, n), np.float32) for n in pattern.shape)
+    _, new, _ = dynamic.rigl(blocks, pattern, (), x=x, dy=dy, drop_fraction=0.3)
+    check_valid(new)
+    check_valid(dynamic.set_(KEY, blocks, pattern, (), drop_fraction=0.3)[1])
 
 
 def test_float64_moves(x64):

@@ -30,6 +30,7 @@ TABLE = {
     "jaxsparse/_carry.py": NUMERIC,
     "jaxsparse/pruning.py": NUMERIC | BASE | {"optax", "jaxsparse._select"},
     "jaxsparse/dynamic.py": NUMERIC | FORMATS | {"jaxsparse._carry", "jaxsparse._places", "jaxsparse._select"},
+    "jaxsparse/convert.py": {"numpy", "jaxtyping", "jaxsparse.formats"},
     "jaxsparse/checkpoint.py": NUMERIC | FORMATS,
     "jaxsparse/testing.py": NUMERIC | {"jaxsparse.formats", "jaxsparse.reference"},
 }
