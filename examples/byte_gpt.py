@@ -3,7 +3,7 @@
 Three sizes of sparse MLP: as wide as the dense one, with a quarter of its weights; and four times as wide, with as many
 weights, which in a linear layer also means as many FLOPs. All see the same batches, in turns.
 
-    python examples/byte_gpt.py          # a few minutes; add --quick to see that it runs
+    python examples/byte_gpt.py          # some minutes; add --quick to see that it runs
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def draw(text: np.ndarray, count: int, length: int, rng: np.random.Generator) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args()
     steps, layers, context = (8, 1, 32) if args.quick else (args.steps, 3, 128)
     train, test = library()
