@@ -1,7 +1,7 @@
 """A small GPT on the bytes of Python's own library, its MLPs dense beside block-sparse and block-diagonal ones.
 
-Three sizes of sparse MLP: as wide as the dense one, with a quarter of its weights; and four times as wide, with as many
-weights, which in a linear layer also means as many FLOPs. All see the same batches, in turns.
+One sparse MLP is as wide as the dense one and has a quarter of its weights; two are four times as wide and have as many
+weights, which in linear layers also means as many FLOPs. All see the same batches, in turns.
 
     python examples/byte_gpt.py          # some minutes; add --quick to see that it runs
 """
