@@ -18,7 +18,6 @@ from jaxtyping import Array, Float
 from jaxsparse import _flax
 from jaxsparse import linen as sparse_linen
 from jaxsparse import nnx as sparse_nnx
-from jaxsparse._permute import block_diagonal_order as block_diagonal_order
 from jaxsparse._rules import Races, Report, Row, Rule, Rules, decide, first_match, parse
 from jaxsparse.formats import BlockPattern
 
@@ -45,7 +44,7 @@ def sparsify(
       rules: pairs (regular expression, options). Options are {"kind": "block_diag", "num_blocks": n}, {"kind":
         "block_sparse", "density": d, "block": 32} or {"kind": "sparse", "density": d}; None leaves a layer dense.
         Block-sparse and sparse layers keep the blocks, or entries, of largest norm, block-diagonal ones what lies on
-        the diagonal, in the order of the features as it is; `block_diagonal_order` finds better ones.
+        the diagonal, in the order of the features as it is; `convert.block_diagonalize` finds better ones.
       rngs: for `fresh` layers; a conversion draws nothing.
       dry_run: report what would happen, and return the model itself.
       rescale: multiply what is kept, so that every weight keeps its Frobenius norm.

@@ -135,3 +135,17 @@ def test_the_benchmark_of_the_bridge_measures_everybody_or_says_why_not(tmp_path
             results = workload["results"]
             assert all(r["us"] or r["note"] for r in results.values())
             assert all(r["us"] for name, r in results.items() if name.startswith(("ours", "torch ")) or name == "torch")
+
+
+def test_the_cost_of_moving_is_reported(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "moving.py"), "--size", "128", "--rounds", "1"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "numbers.json")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "numbers.json").read_text())["rows"]
+    assert [row["block"] for row in rows] == [1, 32]
+    assert all(row["ms"]["step"] > 0 and row["rigl_in_steps"] > 0 and row["memory_of_dense"] < 0.2 for row in rows)

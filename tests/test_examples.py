@@ -1,6 +1,7 @@
 """Every example runs as its user would run it, in a process of its own, with sizes small enough for a test."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -78,11 +79,11 @@ def table(output: str) -> dict[str, dict[str, float]]:
     return rows
 
 
-def check_picture(path: Path) -> None:
+def check_picture(path: Path, least: int = 800) -> None:
     """A PNG of plausible size, with more than an empty page on it."""
     pixels = picture(path)
     height, width, _ = pixels.shape
-    assert 800 < height < 4000 and 800 < width < 4000
+    assert least < height < 4000 and least < width < 4000
     assert 0.1 < (pixels.min(axis=2) < 0.9).mean() < 0.9
 
 
@@ -170,3 +171,32 @@ def test_one_changed_line_learns_the_same_with_a_tenth_of_the_parameters(tmp_pat
         assert other == pytest.approx(losses[0], abs=2e-4) and other[1] < other[0]
     sizes = [int(row[1].replace(",", "")) for row in rows.values()]
     assert sizes[2] < 0.11 * sizes[0] == 0.11 * sizes[1]
+
+
+def test_moving_patterns_keep_the_budget_and_draw(digits, picture_and_bar, tmp_path):
+    out = run("moving_patterns", "--quick", "--out", "numbers.json", "--picture", "sub/p.png", cwd=tmp_path)
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    rows = {row["method"]: row["seeds"][0] for row in numbers["table"]}
+    assert list(rows) == ["dense", "static", "SET", "RigL"] and "RigL" in out and "--quick" in numbers["command"]
+    sparse = [rows[name] for name in ("static", "SET", "RigL")]
+    assert len({(r["parameters"], r["optimizer_bytes"], r["pattern_bytes"]) for r in sparse}) == 1
+    assert sparse[0]["parameters"] < 0.12 * rows["dense"]["parameters"]
+    assert all(r["accuracy"] > 0.6 for r in rows.values())
+    check_picture(tmp_path / "sub" / "p.png", least=600)
+
+
+def test_the_three_layers_learn(tmp_path):
+    out = run("three_layers", "--quick", cwd=tmp_path)
+    found = re.findall(r"^(\w+) +loss +(\S+) -> +(\S+) +(\S+) parameters", out, re.MULTILINE)
+    assert [name for name, *_ in found] == ["RandomSparse", "TopK", "Moving"]
+    losses = [(float(first), float(last)) for _, first, last, _ in found]
+    assert all(last < first for first, last in losses) and losses[2][1] < losses[0][1]
+
+
+def test_the_small_gpt_runs_with_every_mlp(tmp_path):
+    out = run("byte_gpt", "--quick", cwd=tmp_path)
+    found = re.findall(r"^(dense|block-\S+(?: wide)?) +(\S+) +(\S+) +(\S+) +\S+ MB +\S+ ms$", out, re.MULTILINE)
+    assert [name for name, *_ in found] == ["dense", "block-sparse", "block-sparse, wide", "block-diagonal, wide"]
+    dense, small, wide, diagonal = (int(of_mlps.replace(",", "")) for *_, of_mlps in found)
+    assert 4 * small == dense == wide == diagonal
+    assert all(float(bits) < 9 for _, bits, *_ in found)

@@ -25,11 +25,16 @@ TABLE = {
     "jaxsparse/_flax.py": NUMERIC | {"flax", "jaxsparse.formats"},
     "jaxsparse/linen.py": NUMERIC | OPS | {"flax", "jaxsparse._flax"},
     "jaxsparse/nnx.py": NUMERIC | OPS | {"flax", "jaxsparse._flax"},
-    "jaxsparse/_permute.py": {"numpy"},
     "jaxsparse/_rules.py": BASE,
     "jaxsparse/surgery.py": NUMERIC
-    | {"flax", "jaxsparse.formats", "jaxsparse._flax", "jaxsparse.linen", "jaxsparse.nnx"}
-    | {"jaxsparse._permute", "jaxsparse._rules"},
+    | {"flax", "jaxsparse.formats", "jaxsparse._flax", "jaxsparse.linen", "jaxsparse.nnx", "jaxsparse._rules"},
+    "jaxsparse/_select.py": NUMERIC,
+    "jaxsparse/_places.py": NUMERIC | FORMATS | {"jaxsparse._select"},
+    "jaxsparse/_carry.py": NUMERIC,
+    "jaxsparse/pruning.py": NUMERIC | BASE | {"optax", "jaxsparse._select"},
+    "jaxsparse/dynamic.py": NUMERIC | FORMATS | {"jaxsparse._carry", "jaxsparse._places", "jaxsparse._select"},
+    "jaxsparse/convert.py": {"numpy", "jaxtyping", "jaxsparse.formats"},
+    "jaxsparse/checkpoint.py": NUMERIC | FORMATS,
     "jaxsparse/testing.py": NUMERIC | {"jaxsparse.formats", "jaxsparse.reference"},
 }
 PACKAGES = {"jaxsparse", "torch_bridge"}
@@ -39,6 +44,7 @@ BRIDGE = {
     "_dense.py": set(),
     "_errors.py": set(),
     "_process.py": {"_errors"},
+    "checkpoint.py": set(),
     "dlpack.py": {"_errors", "_process"},
     "flat_op.py": set(),
     "abstract.py": {"_errors"},
@@ -54,6 +60,7 @@ BRIDGE = {
 }
 SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
     "_dense.py": {"jaxsparse.formats"},
+    "checkpoint.py": {"jaxsparse.checkpoint"},
     "nn.py": {"jaxsparse._flax", "jaxsparse.formats", "jaxsparse.ops"},
     "patch.py": {"jaxsparse._rules"},
 }

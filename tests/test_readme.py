@@ -15,7 +15,8 @@ NO_KERNELS = _backends.why_not("cpu")  # the README says what a machine with a c
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
-def test_the_code_blocks_run_in_order(capsys):
+def test_the_code_blocks_run_in_order(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # one of them writes a file
     namespace: dict = {}
     without_torch = [code for code in BLOCKS if "import torch" not in code and not ("why_not" in code and NO_KERNELS)]
     for code in without_torch:

@@ -1,0 +1,192 @@
+"""One file for values and patterns: what comes back, what is refused, and what a kill leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import serialization
+
+from jaxsparse import BlockPattern, checkpoint, dynamic, spmm
+
+PATTERN = BlockPattern.random(jax.random.key(0), (45, 70), density=0.3, block=(7, 5))
+TREE = {
+    "layer": {"kernel": jnp.ones(PATTERN.values_shape), "pattern": PATTERN, "view": PATTERN.T},
+    "empty": BlockPattern.random(jax.random.key(0), (4, 4), density=0.0),
+    "dtypes": {
+        name: jnp.arange(5).astype(name) for name in ("bfloat16", "float16", "float8_e4m3fn", "int8", "uint32", "bool")
+    },
+    "step": 17,
+    "nothing": {"here": {}},
+    "none": np.zeros((0, 3), np.float64),
+}
+
+
+@pytest.fixture
+def path(tmp_path):
+    checkpoint.save(tmp_path / "c.safetensors", TREE)
+    return tmp_path / "c.safetensors"
+
+
+def assert_same(got, wanted):
+    """The same tree, bit for bit, in the same dtypes."""
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == np.asarray(b).dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_tree_round_trips(path):
+    assert_same(checkpoint.load(path), TREE)
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_other_readers_of_safetensors_read_it(path):
+    safetensors = pytest.importorskip("safetensors", reason="safetensors is not installed")
+    with safetensors.safe_open(path, framework="numpy") as file:
+        assert file.metadata()["format"] == "jaxsparse"
+        np.testing.assert_array_equal(file.get_tensor("layer.kernel"), TREE["layer"]["kernel"])
+        np.testing.assert_array_equal(file.get_tensor("layer.pattern.row_index"), PATTERN.row_index)
+
+
+def test_torch_reads_and_writes_the_same_files(path):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    import torch_bridge
+    from torch_bridge import checkpoint as in_torch
+
+    tree = in_torch.load(path)
+    assert tree["dtypes"]["bfloat16"].dtype == torch.bfloat16
+    layer = torch_bridge.BlockSparseLinear(45, 70, pattern=tree["layer"]["pattern"], bias=False)
+    layer.weight.data = tree["layer"]["kernel"]
+    np.testing.assert_allclose(layer(torch.ones(45)).detach(), spmm(jnp.ones(45), TREE["layer"]["kernel"], PATTERN))
+    in_torch.save(path, tree)
+    assert_same(checkpoint.load(path), TREE)
+
+
+def rewritten(data: bytes, change) -> bytes:
+    """The file with a changed header, of whatever length."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
+def meta(**changes):
+    return lambda data: rewritten(data, lambda header: header["__metadata__"].update(changes))
+
+
+DAMAGE = {
+    "empty": (lambda data: b"", "truncated"),
+    "cut in the header": (lambda data: data[:100], "truncated: the header should end at byte"),
+    "cut in the arrays": (lambda data: data[:-1], "truncated: its arrays take"),
+    "longer": (lambda data: data + b"\0", "too long"),
+    "a flipped bit": (lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:], "SHA-256"),
+    "no JSON": (lambda data: data[:8] + b"x" + data[9:], "no JSON object"),
+    "another length": (lambda data: b"\x09" + data[1:], "JSON|truncated"),
+    "another format": (meta(format="pt"), "format tag is 'pt'"),
+    "a newer version": (meta(version="2"), "version 2, and this jaxsparse reads up to 1"),
+    "another digest": (meta(sha256="0" * 64), "SHA-256"),
+    "another pattern": (meta(patterns="{}"), "SHA-256"),
+    "another shape": (lambda data: rewritten(data, lambda header: header["step"].update(shape=[1])), "SHA-256"),
+    "no offsets": (lambda data: rewritten(data, lambda header: header["step"].pop("data_offsets")), "data_offsets"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_is_refused_with_the_reason(path, name):
+    change, message = DAMAGE[name]
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(path)
+
+
+def test_every_single_cut_is_refused(path):
+    data = path.read_bytes()
+    for length in range(0, len(data), 61):
+        path.write_bytes(data[:length])
+        with pytest.raises(ValueError, match="truncated"):
+            checkpoint.load(path)
+
+
+@pytest.mark.parametrize("tree", [{"a.b": 1}, {"": 1}, {1: 1}, {"a": {"__metadata__": 1}}, {"a": np.array(["x"])}])
+def test_what_cannot_be_named_is_refused_and_nothing_is_written(tmp_path, tree):
+    with pytest.raises(ValueError):
+        checkpoint.save(tmp_path / "c", tree)
+    assert not os.listdir(tmp_path)
+
+
+SAVER = """
+import sys, numpy as np
+from jaxsparse import checkpoint
+for k in range(1_000_000):
+    checkpoint.save(sys.argv[1], {"a": np.full(2_000_000, k), "b": np.full(500_000, k)})
+    print(k, flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+    path = tmp_path / "c.safetensors"
+    root = str(Path(__file__).parents[1])
+    in_the_middle = 0
+    for delay in np.linspace(0, 0.04, 6):
+        command = [sys.executable, "-c", SAVER, str(path)]
+        with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            process.stdout.readline()  # one save is done, and the next under way
+            time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
+            done = [0, *map(int, process.stdout.read().split())]
+        in_the_middle += path.with_name(path.name + ".partial").exists()
+        tree = checkpoint.load(path)
+        assert tree["a"][0] in (done[-1], done[-1] + 1)
+        assert (tree["a"] == tree["a"][0]).all() and (tree["b"] == tree["a"][0]).all()
+    assert in_the_middle, "no kill came in the middle of a save: nothing was tested"
+
+
+@pytest.mark.parametrize("kind", ["orbax", "safetensors"])
+def test_a_rigl_run_continues_bit_by_bit(kind, tmp_path):
+    optimizer, x, target = optax.adam(1e-2), jax.random.normal(jax.random.key(1), (16, 32)), jnp.ones((16, 24))
+
+    def fresh(seed):
+        pattern = BlockPattern.random(jax.random.key(seed), (32, 24), density=0.2)
+        kernel = jax.random.normal(jax.random.key(seed), pattern.values_shape)
+        return {"kernel": kernel, "pattern": pattern, "state": optimizer.init(kernel), "step": jnp.int32(0)}
+
+    @jax.jit
+    def step(run):
+        kernel, pattern, state, t = (run[name] for name in ("kernel", "pattern", "state", "step"))
+        loss = lambda kernel, probe: jnp.square(spmm(x, kernel, pattern) + probe - target).mean()  # noqa: E731
+        grads, dy = jax.grad(loss, (0, 1))(kernel, jnp.zeros_like(target))
+        updates, state = optimizer.update(grads, state)
+        move = lambda k, p, s: dynamic.rigl(k, p, s, x=x, dy=dy, drop_fraction=0.3)  # noqa: E731
+        args = (optax.apply_updates(kernel, updates), pattern, state)
+        kernel, pattern, state = jax.lax.cond(t % 2 == 1, move, lambda *same: same, *args)
+        return {"kernel": kernel, "pattern": pattern, "state": state, "step": t + 1}
+
+    run = fresh(0)
+    for _ in range(5):
+        run = step(run)
+    other = fresh(1)
+    if kind == "orbax":
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "c", run)
+            checkpointer.wait_until_finished()
+            restored = checkpointer.restore(tmp_path / "c", other)
+    else:
+        checkpoint.save(tmp_path / "c", {**run, "state": serialization.to_state_dict(run["state"])})
+        restored = checkpoint.load(tmp_path / "c")
+        restored["state"] = serialization.from_state_dict(other["state"], restored["state"])
+    assert (np.asarray(other["pattern"].row_index) != np.asarray(run["pattern"].row_index)).any()
+    for _ in range(5):
+        run, restored = step(run), step(restored)
+    assert_same(restored, run)
