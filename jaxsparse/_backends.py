@@ -13,8 +13,9 @@ from jax.typing import DTypeLike
 import cpu_kernels
 from jaxsparse import _xla
 from jaxsparse._platforms import by_platform
+from pallas_kernels import interpret, triton
 
-BACKENDS: dict[str, ModuleType] = {"xla": _xla, "cpu": cpu_kernels}
+BACKENDS: dict[str, ModuleType] = {"xla": _xla, "cpu": cpu_kernels, "triton": triton, "interpret": interpret}
 _PREFERRED = {"cpu": "cpu"}  # platform: the back end that is faster there than XLA, where it can run
 
 
