@@ -13,9 +13,15 @@ from jax.typing import DTypeLike
 import cpu_kernels
 from jaxsparse import _xla
 from jaxsparse._platforms import by_platform
-from pallas_kernels import interpret, triton
+from pallas_kernels import interpret, mosaic, triton
 
-BACKENDS: dict[str, ModuleType] = {"xla": _xla, "cpu": cpu_kernels, "triton": triton, "interpret": interpret}
+BACKENDS: dict[str, ModuleType] = {
+    "xla": _xla,
+    "cpu": cpu_kernels,
+    "mosaic": mosaic,
+    "triton": triton,
+    "interpret": interpret,
+}
 _PREFERRED = {"cpu": "cpu"}  # platform: the back end that is faster there than XLA, where it can run
 
 
