@@ -83,12 +83,9 @@ CASES = {
     "blocks of 64, every size ragged": lambda: products((200, 300), (64, 64), 100, jnp.bfloat16),
     "blocks of 128": lambda: products((384, 256), (128, 128), 129, jnp.float16),
     "blocks of 64x128": lambda: products((256, 384), (64, 128), 8, jnp.bfloat16),
-    "blocks of 32": lambda: products((100, 130), (32, 32), 130, jnp.bfloat16),
-    "blocks of 16x32": lambda: products((100, 70), (16, 32), 7, jnp.float16),
-    "block-diagonal": lambda: diagonal(3, (64, 256), 72, jnp.bfloat16),
-    "activations": epilogues,
+    "blocks of 16x32": lambda: products((100, 130), (16, 32), 7, jnp.float16),
+    "block-diagonal": lambda: (diagonal(3, (64, 256), 72, jnp.bfloat16), epilogues(), mapped()),
     "clusters": clusters,
-    "vmap": mapped,
 }
 
 

@@ -27,21 +27,18 @@ CASES = [
     "blocks of 64, every size ragged",
     "blocks of 128",
     "blocks of 64x128",
-    "blocks of 32",
     "blocks of 16x32",
     "block-diagonal",
-    "activations",
     "clusters",
-    "vmap",
 ]
 # name: (file, what stands there, what is planted, the case that must fail)
 BUGS = {
-    "a missing commit": ("gather.py", "plgpu.commit_smem()", "pass", "activations"),
+    "a missing commit": ("gather.py", "plgpu.commit_smem()", "pass", "blocks of 64x128"),
     "a tile of y off by one": (
         "gather.py",
         "pl.ds(row + mine, c.tile_m)",
         "pl.ds(row + mine + 1, c.tile_m)",
-        "activations",
+        "blocks of 64x128",
     ),
     "a swapped index": ("gather.py", "slot_ref[stored]", "source_ref[stored]", "blocks of 64x128"),
     "a stage too few": (

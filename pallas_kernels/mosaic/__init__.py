@@ -48,12 +48,10 @@ def spmm(
         return empty(m, out, bias, activation, x.dtype)
     from pallas_kernels.mosaic import configs, gather  # Pallas takes longer to import than the rest of this package
 
-    (inner, width), lines = block[::-1] if transposed else block, lines_of(index, transposed)
+    (inner, width), lines, device = block[::-1] if transposed else block, lines_of(index, transposed), describe()
     x, count = _padded(x, 8, max(inner, 64)), lines.ptr.shape[0] - 1
-    whole = count * width
-    bias = None if bias is None else jnp.pad(bias, (0, whole - out))
-    device = describe()
-    config = configs.for_gather(*x.shape, inner, width, count, device.kind)
+    bias = None if bias is None else jnp.pad(bias, (0, count * width - out))
+    config = configs.for_gather(x.shape[0], x.shape[1], inner, width, count, device.kind)
     y = gather.gather(x, blocks, lines, bias, config, device, transposed=transposed, activation=activation)
     return y[:m, :out]
 

@@ -96,11 +96,11 @@ def gather(x, blocks, lines: Lines, bias, config: Gather, device: Device, *, tra
                 pl.when(steps > 0)(lambda: pipeline.free(after - 1))
                 return acc[...]
 
-            total = pl.run_scoped(product, plgpu.ACC((c.tile_m, c.tile_n), jnp.float32))
+            total = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((c.tile_m, c.tile_n), jnp.float32))
             column = line * width + part * c.tile_n
             if bias_ref:
-                layout = plgpu.Layout.WGMMA.reduce(0)
-                added = plgpu.load(bias_ref[0].at[pl.ds(column, c.tile_n)], layout=layout, optimized=False)
+                source, layout = bias_ref[0].at[pl.ds(column, c.tile_n)], plgpu.Layout.WGMMA.reduce(0)
+                added = plgpu.load(source, layout=layout, optimized=False)  # pyright: ignore[reportCallIssue]  as in 0.10
                 total = total + jax.lax.broadcast_in_dim(added.astype(jnp.float32), total.shape, (1,))
             tile = ys.at[jax.lax.axis_index("wg")]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left

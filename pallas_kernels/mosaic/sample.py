@@ -32,8 +32,9 @@ def sample(x, dy, index: Any, block: tuple[int, int], config: Sample, device: De
     steps, pairs = pl.cdiv(m, c.tile_m), (nnzb * across + rows) // COMPUTE  # no row leaves more than one piece single
     beyond = pl.cdiv(dy.shape[1], c.tile_o)
 
-    def kernel(x_ref, dy_ref, ptr_ref, column_ref, slot_ref, pair_ptr_ref, row_ref, values_ref, xs, dys, out, *both):
-        pipeline = Pipeline(*both, c.stages)
+    def kernel(x_ref, dy_ref, ptr_ref, column_ref, slot_ref, pair_ptr_ref, row_ref, values_ref, *scratch):
+        xs, dys, out, loaded, freed = scratch
+        pipeline = Pipeline(loaded, freed, c.stages)
 
         def place(item):
             """Block row and part of it, the first of two pieces, how many the row has, and the number of steps."""
@@ -60,10 +61,10 @@ def sample(x, dy, index: Any, block: tuple[int, int], config: Sample, device: De
             def step(s, done):
                 stage, batch = pipeline.wait_until_free(done), pl.ds(s * c.tile_m, c.tile_m)
                 reads = x_ref.at[batch, pl.ds(left * c.tile_i, c.tile_i)]
-                plgpu.copy_gmem_to_smem(reads, xs.at[stage], pipeline.loaded.at[stage])
+                plgpu.copy_gmem_to_smem(reads, xs.at[stage], loaded.at[stage])
                 for w, column in enumerate(columns):
                     reads = dy_ref.at[batch, pl.ds(column * c.tile_o, c.tile_o)]
-                    plgpu.copy_gmem_to_smem(reads, dys.at[stage, w], pipeline.loaded.at[stage])
+                    plgpu.copy_gmem_to_smem(reads, dys.at[stage, w], loaded.at[stage])
                 return done + 1
 
             return jax.lax.fori_loop(0, steps, step, done)
@@ -85,7 +86,7 @@ def sample(x, dy, index: Any, block: tuple[int, int], config: Sample, device: De
                 pl.when(steps > 0)(lambda: pipeline.free(after - 1))
                 return acc[...]
 
-            total = pl.run_scoped(product, plgpu.ACC((c.tile_i, c.tile_o), jnp.float32))
+            total = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((c.tile_i, c.tile_o), jnp.float32))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left
             out[mine] = total.astype(x.dtype)
             plgpu.commit_smem()
