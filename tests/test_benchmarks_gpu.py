@@ -38,6 +38,7 @@ def rehearse(tmp_path_factory):
     return run
 
 
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="benchmarks/gpu.py is for machines with Python 3.12")
 def test_a_run_that_was_stopped_goes_on_where_it_ended(rehearse):
     code, said, first = rehearse("--only", "check", "--minutes", "0.01")
     assert code == 3 and "run the same command again" in said, said

@@ -72,11 +72,27 @@ def run(command, variables) -> subprocess.CompletedProcess:
         return subprocess.CompletedProcess(command, 124, "", f"stopped after {LATEST} s: {stopped}")
 
 
+def plant(bug: str, folder: Path) -> Path:
+    """A folder with the packages, and the bug in them."""
+    name, right, wrong, _ = BUGS[bug]
+    for package in ("pallas_kernels", "jaxsparse", "cpu_kernels"):
+        shutil.copytree(HERE.parent / package, folder / package)
+    planted = folder / "pallas_kernels" / "mosaic" / name
+    source = planted.read_text()
+    assert source.count(right) == 1, f"{bug}: its line is no longer there; plant it anew"
+    planted.write_text(source.replace(right, wrong))
+    return folder
+
+
 @pytest.fixture(scope="module")
-def started():
-    """Runs cases two at a time: asked for one, it begins with all of them."""
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        yield {case: pool.submit(interpret, case) for case in CASES}
+def started(tmp_path_factory):
+    """Case or bug to its result, to be waited for: asked for one, it begins with all of them, two at a time."""
+    pool = concurrent.futures.ThreadPoolExecutor(2)
+    begun = {case: pool.submit(interpret, case) for case in CASES}
+    for bug, (*_, case) in BUGS.items():
+        begun[bug] = pool.submit(interpret, case, plant(bug, tmp_path_factory.mktemp("planted")))
+    yield begun
+    pool.shutdown(cancel_futures=True)
 
 
 @needs_interpreter
@@ -88,15 +104,9 @@ def test_interpreted_kernels_match_the_dense_product_without_a_race(case, starte
 
 @needs_interpreter
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_caught(bug, tmp_path):
-    name, right, wrong, case = BUGS[bug]
-    for package in ("pallas_kernels", "jaxsparse", "cpu_kernels"):
-        shutil.copytree(HERE.parent / package, tmp_path / package)
-    planted = tmp_path / "pallas_kernels" / "mosaic" / name
-    source = planted.read_text()
-    assert source.count(right) == 1, "the line is no longer there: plant the bug anew"
-    planted.write_text(source.replace(right, wrong))
-    done = interpret(case, tmp_path)
+def test_a_planted_bug_is_caught(bug, started):
+    done = started[bug].result()
+    assert done.returncode != 0
     assert "RACE DETECTED" in done.stderr or "AssertionError" in done.stderr, done.stderr[-3000:]
 
 
