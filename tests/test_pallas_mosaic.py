@@ -55,6 +55,11 @@ BUGS = {
     ),
     "a piece of the wrong row": ("sample.py", "ptr_ref[row] + entry", "ptr_ref[row] + entry + 1", "blocks of 64x128"),
 }
+# An editable install of the packages would come before the folder that holds the planted bug.
+NOT_EDITABLE = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]
+"""
 needs_interpreter = pytest.mark.skipif(TOO_OLD, reason=f"mosaic: JAX {jax.__version__} has no interpreter for it")
 
 
@@ -81,6 +86,7 @@ def plant(bug: str, folder: Path) -> Path:
     source = planted.read_text()
     assert source.count(right) == 1, f"{bug}: its line is no longer there; plant it anew"
     planted.write_text(source.replace(right, wrong))
+    (folder / "sitecustomize.py").write_text(NOT_EDITABLE)
     return folder
 
 
