@@ -13,9 +13,17 @@ from jax.typing import DTypeLike
 import cpu_kernels
 from jaxsparse import _xla
 from jaxsparse._platforms import by_platform
+from pallas_kernels import interpret, mosaic, triton
 
-BACKENDS: dict[str, ModuleType] = {"xla": _xla, "cpu": cpu_kernels}
-_PREFERRED = {"cpu": "cpu"}  # platform: the back end that is faster there than XLA, where it can run
+BACKENDS: dict[str, ModuleType] = {
+    "xla": _xla,
+    "cpu": cpu_kernels,
+    "mosaic": mosaic,
+    "triton": triton,
+    "interpret": interpret,
+}
+# Platform: the back ends that are faster there than XLA, the best first. On a GPU that is a prediction.
+_PREFERRED = {"cpu": ("cpu",), "cuda": ("mosaic", "triton")}
 
 
 def check_name(backend: str | None) -> None:
@@ -67,14 +75,13 @@ class _Product(NamedTuple):
         return functools.partial(getattr(BACKENDS[backend], self.op), **dict(self.options))
 
     def _best(self, platform: str) -> str:
-        backend = _PREFERRED.get(platform, "xla")
-        if why_not(backend, self.op, self.dtype, self.block, platform) or self._is_dense_work():
-            return "xla"
-        return backend
+        runs = (b for b in _PREFERRED.get(platform, ()) if not why_not(b, self.op, self.dtype, self.block, platform))
+        return "xla" if self._is_dense_work(platform) else next(runs, "xla")
 
-    def _is_dense_work(self) -> bool:
-        """Diagonal blocks as large as dense layers: XLA's own product is as fast or faster (docs/performance.md)."""
-        return self.op.startswith("block_diag") and min(self.block) >= 1024
+    def _is_dense_work(self, platform: str) -> bool:
+        """Diagonal blocks as large as dense layers: XLA's own product is as fast or faster (docs/performance.md).
+        On a GPU that is expected of all of them, as one strided-batched product reads them where they are."""
+        return self.op.startswith("block_diag") and (platform == "cuda" or min(self.block) >= 1024)
 
     def keeping(self, used: tuple[bool, ...]):
         return self._replace(options=(*self.options, ("wanted", used)))  # `spmm_grads` alone has several results

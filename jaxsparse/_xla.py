@@ -52,8 +52,8 @@ def block_diag_matmul(
         return _dot(x, blocks, ((2, contract), (0, 0)), precision)  # [n, m, out/n]
 
     x = x.reshape(x.shape[0], n, x.shape[1] // n)
-    y = _batch_first(batched, x).swapaxes(0, 1).reshape(x.shape[0], n * y.shape[2])
-    return _finish(y, bias, activation, x.dtype)
+    y = _batch_first(batched, x).swapaxes(0, 1)
+    return _finish(y.reshape(x.shape[0], n * y.shape[2]), bias, activation, x.dtype)
 
 
 def block_diag_outer(

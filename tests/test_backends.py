@@ -7,6 +7,7 @@ import pytest
 
 import cpu_kernels
 from jaxsparse import BlockPattern, _backends, _xla, block_diag_matmul, sddmm, spmm
+from pallas_kernels import mosaic, triton
 
 PATTERN = BlockPattern.random(jax.random.key(0), (48, 32), density=0.3, block=8)
 X, W = jnp.ones((4, 48)), jnp.ones(PATTERN.values_shape)
@@ -43,6 +44,19 @@ def test_both_gradients_of_an_unstructured_weight_are_one_kernel_and_one_alone_i
 def test_a_program_for_another_platform_has_no_cpu_kernel():
     exported = jax.export.export(jax.jit(step(None)), platforms=["cuda"])(X, W)
     assert "jaxsparse_cpu" not in exported.mlir_module()
+
+
+def test_a_gpu_takes_the_best_kernel_that_can_run_and_leaves_block_diagonals_to_xla(monkeypatch):
+    def chosen(op):
+        return _backends._Product(op, None, jnp.dtype("bfloat16"), (64, 64), ())("cuda").func
+
+    for module in (triton, mosaic):
+        monkeypatch.setattr(module, "why_not", lambda *_: "there is no such GPU")
+    assert chosen("spmm") is _xla.spmm
+    for module in (triton, mosaic):
+        monkeypatch.setattr(module, "why_not", lambda *_: None)
+        assert chosen("spmm") is module.spmm and chosen("sddmm") is module.sddmm
+    assert chosen("block_diag_matmul") is _xla.block_diag_matmul
 
 
 def test_xla_by_name_is_plain_xla():

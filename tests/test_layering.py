@@ -20,7 +20,7 @@ TABLE = {
     "jaxsparse/reference.py": {"numpy", "jaxsparse.formats"},
     "jaxsparse/_xla.py": NUMERIC | BASE,
     "jaxsparse/_platforms.py": {"jax"},
-    "jaxsparse/_backends.py": {"jax", "jaxsparse._platforms", "jaxsparse._xla", "cpu_kernels"},
+    "jaxsparse/_backends.py": {"jax", "jaxsparse._platforms", "jaxsparse._xla", "cpu_kernels", "pallas_kernels"},
     "jaxsparse/ops.py": NUMERIC | {"jaxsparse.formats", "jaxsparse._backends", "jaxsparse._xla"},
     "jaxsparse/_flax.py": NUMERIC | {"flax", "jaxsparse.formats"},
     "jaxsparse/linen.py": NUMERIC | OPS | {"flax", "jaxsparse._flax"},
@@ -104,9 +104,16 @@ def test_the_bridge_imports_downwards(path):
     assert names <= table
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("cpu_kernels/*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*_kernels/**/*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_kernels_know_no_format(path):
-    assert {name.split(".")[0] for name in imported(path)} <= {"jax", "numpy", "cpu_kernels"} | sys.stdlib_module_names
+    own = path.relative_to(ROOT).parts[0]
+    assert {name.split(".")[0] for name in imported(path)} <= {"jax", "numpy", own} | sys.stdlib_module_names
+
+
+def test_the_dialects_know_nothing_of_each_other():
+    for dialect, other in (("triton", "mosaic"), ("mosaic", "triton")):
+        for path in ROOT.glob(f"pallas_kernels/{dialect}/*.py"):
+            assert not {name for name in imported(path) if name.startswith(f"pallas_kernels.{other}")}, path
 
 
 def test_nothing_below_imports_torch():

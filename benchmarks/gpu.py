@@ -1,0 +1,259 @@
+"""Everything that a machine with a GPU is asked for, in steps: python3 benchmarks/gpu.py, from a plain checkout.
+
+Needs no install and no network: JAX, Flax, Optax and NumPy on Python 3.12 are enough. In this order, it
+  check     compares every kernel with the oracle, the memory of its result poisoned with NaN beforehand;
+  sanitize  runs the small ones under compute-sanitizer, where that is installed;
+  tune      times the configurations worth trying and writes the best to pallas_kernels/mosaic/measured.json;
+  time      times the grid of workloads against dense, XLA's own products and PyTorch's block-sparse ones.
+Each step's result is written to --out as soon as there is one, and a step that has one is not run again: a run
+that was stopped, or used up its --minutes, goes on where it ended. --dry-run rehearses at toy sizes on any machine,
+with the interpreted kernels; its timings mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import _annotations, _gpu_cells  # noqa: F401  the first before anything that needs it
+from jaxsparse import BlockPattern, _backends, spmm, testing
+from pallas_kernels._device import describe
+from pallas_kernels._lines import lines_of
+from pallas_kernels.mosaic import configs
+
+ROOT = Path(__file__).parents[1]
+STEPS = ("check", "sanitize", "tune", "time")
+Step = tuple[str, Callable[[], object]]
+
+
+def main() -> None:
+    args = _arguments()
+    out = Path(args.out)
+    run = json.loads(out.read_text()) if out.exists() else {"steps": {}}
+    run |= {"machine": _machine(), "dry_run": args.dry_run}
+    steps = {"check": _checks, "sanitize": _sanitizers, "tune": _tunings, "time": _timings}
+    todo = [step for name in STEPS if args.only in (None, name) for step in steps[name](args)]
+    until, done = time.monotonic() + 60 * args.minutes, 0
+    for number, (name, step) in enumerate(todo, 1):
+        if name in run["steps"]:
+            continue
+        if time.monotonic() > until:
+            print(f"{args.minutes} minutes are over after {done} steps: run the same command again to go on")
+            sys.exit(3)
+        print(f"[{number}/{len(todo)}] {name}", end=": ", flush=True)
+        result, done = step(), done + 1
+        print(_short(result), flush=True)
+        run["steps"][name] = result
+        _write(out, run)
+    failed = [name for name, result in run["steps"].items() if isinstance(result, dict) and result.get("error")]
+    print(f"{len(todo)} steps are done, {len(failed)} of them failed {failed or ''}; numbers: {out}")
+    sys.exit(bool(failed))
+
+
+def _arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dry-run", action="store_true", help="toy sizes and interpreted kernels, on any machine")
+    parser.add_argument("--only", choices=STEPS, help="one kind of step")
+    parser.add_argument("--minutes", type=float, default=9, help="no step begins later than this")
+    parser.add_argument("--out", default=ROOT / "benchmarks" / "results" / "gpu.json")
+    return parser.parse_args()
+
+
+def _backends_here(args, dtype: str, block) -> list[str]:
+    named = ("interpret",) if args.dry_run else ("mosaic", "triton")
+    return [name for name in named if _backends.why_not(name, "spmm", dtype, block) is None]
+
+
+# ---- check ------------------------------------------------------------------------------------------
+
+
+def _checks(args) -> Iterator[Step]:
+    blocks = (16, 32) if args.dry_run else (16, 32, 64, 128)
+    dtypes = ("float32",) if args.dry_run else ("bfloat16", "float16", "float32")
+    for block in blocks:
+        for dtype in dtypes:
+            for backend in _backends_here(args, dtype, (block, block)):
+                for m in (1, 33) if args.dry_run else (1, 100, 1000):
+                    name = f"check {backend} block {block} {dtype} batch {m}"
+                    yield name, functools.partial(_check, backend, block, dtype, m)
+
+
+def _check(backend: str, block: int, dtype: str, m: int) -> dict:
+    """The error of y and of all gradients as `testing` judges it, or what is wrong."""
+    shape = (5 * block - 3, 7 * block - 5)
+    pattern = BlockPattern.random(jax.random.key(m), shape, density=0.4, block=block)
+    x, blocks, bias, dy = testing.inputs(testing.Case("", lambda: pattern, (m,)), pattern, jnp.dtype(dtype))
+    f = jax.jit(lambda *a: testing.value_and_gradients(lambda x, w, b: spmm(x, w, pattern, b, backend=backend), *a))
+    precise = "highest" if dtype == "float32" else None
+    with jax.default_matmul_precision(precise):
+        truth = testing.true_products(x, blocks, bias, dy, pattern)
+        dense = testing.dense_products(x, blocks, bias, dy, pattern)
+        f(x, blocks, bias, dy)
+        _poison(4 * (m * sum(shape) + blocks.size))
+        try:
+            got = f(x, blocks, bias, dy)
+            for name, true in truth.items():
+                testing.assert_as_close_as_dense(got[name], true, dense[name], name)
+        except Exception as wrong:
+            return {"error": f"{type(wrong).__name__}: {wrong}"}
+    return {"ok": True}
+
+
+def _poison(size: int) -> None:
+    """Fills memory that the next results will take with NaN: what a kernel leaves out then shows."""
+    for _ in range(4):
+        jnp.full(max(size, 1), jnp.nan, jnp.float32).block_until_ready().delete()
+
+
+# ---- sanitize ---------------------------------------------------------------------------------------
+
+
+def _sanitizers(args) -> Iterator[Step]:
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        yield f"sanitize {tool}", functools.partial(_sanitize, tool, args.dry_run)
+
+
+def _sanitize(tool: str, dry_run: bool) -> dict:
+    """What compute-sanitizer finds in the checks of the smallest batch."""
+    if dry_run or not shutil.which("compute-sanitizer"):
+        return {"skipped": "a dry run" if dry_run else "compute-sanitizer is not on the PATH"}
+    code = (
+        "import benchmarks.gpu as g; [g._check(b, n, 'bfloat16', 33) for b in ('mosaic', 'triton') for n in (32, 64)]"
+    )
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    except subprocess.TimeoutExpired:
+        return {"skipped": "took longer than 500 s"}
+    return {"ok": True} if done.returncode == 0 else {"error": (done.stdout + done.stderr)[-3000:]}
+
+
+# ---- tune -------------------------------------------------------------------------------------------
+
+
+def _tunings(args) -> Iterator[Step]:
+    if not args.dry_run and _backends.why_not("mosaic", "spmm", "bfloat16", (64, 64)):
+        return
+    blocks, batches, size = ((64,), (64,), 256) if args.dry_run else ((128, 64, 32, 16), (128, 1024, 8192), 4096)
+    for block in blocks:
+        for m in batches:
+            for kernel in ("gather", "sample"):
+                step = functools.partial(_tune, kernel, block, m, size, args.dry_run)
+                yield f"tune {configs.key(kernel, m, block, block)}", step
+
+
+def _tune(kernel: str, block: int, m: int, size: int, dry_run: bool) -> dict:
+    """Times every candidate at density 0.25 and keeps the best in the table of this kind of GPU."""
+    pattern = BlockPattern.random(jax.random.key(0), (size, size), density=0.25, block=block)
+    x, blocks = testing.normal(0, (m, size), jnp.bfloat16), testing.normal(1, pattern.values_shape, jnp.bfloat16)
+    times, lines, device = {}, size // block, describe()
+    if kernel == "gather":
+        candidates = list(configs.candidates_for_gather(m, size, block, block, lines))
+    else:
+        candidates = list(configs.candidates_for_sample(block, block, pattern.nnzb, lines))
+    if dry_run:
+        return {"candidates": [c._asdict() for c in candidates], "skipped": "a dry run"}
+    from pallas_kernels.mosaic import gather, sample
+
+    for config in candidates:
+        if kernel == "gather":
+            f = lambda x, w, index, c=config: gather.gather(  # noqa: E731
+                x, w, lines_of(index, False), None, c, device, transposed=False, activation=None
+            )
+            run = functools.partial(jax.jit(f), x, blocks, pattern.index)
+        else:
+            f = lambda x, dy, index, c=config: sample.sample(x, dy, index, (block, block), c, device)  # noqa: E731
+            run = functools.partial(jax.jit(f), x, x, pattern.index)
+        times[json.dumps(config._asdict())] = _median_ms({"": run})[""]
+    best = min(times, key=times.__getitem__)
+    table = json.loads(configs.MEASURED.read_text()) if configs.MEASURED.exists() else {}
+    table.setdefault(device.kind, {})[configs.key(kernel, m, block, block)] = json.loads(best)
+    _write(configs.MEASURED, table)
+    return {"ms": times, "best": best}
+
+
+# ---- time -------------------------------------------------------------------------------------------
+
+
+def _timings(args) -> Iterator[Step]:
+    for cell in _gpu_cells.grid(args.dry_run):
+        yield f"time {cell.name}", functools.partial(_time, cell, _backends_here(args, cell.dtype, cell.block))
+
+
+def _time(cell: _gpu_cells.Cell, backends: list[str]) -> dict:
+    """Milliseconds of every contender that runs, why the others don't, and the predicted limit of an H100."""
+    ready, notes = {}, {}
+    for name, run in _gpu_cells.contenders(cell, backends).items():
+        try:
+            jax.block_until_ready(run())
+            ready[name] = run
+        except Exception as refused:
+            notes[name] = f"{type(refused).__name__}: {str(refused)[:300]}"
+    return {"ms": _median_ms(ready), "notes": notes, "predicted_limit_ms": cell.predicted_ms()}
+
+
+def _median_ms(runs: dict[str, Callable[[], object]], rounds: int = 9) -> dict[str, float]:
+    """The median of several rounds in turns, each of as many runs as take about 20 ms."""
+    repeats = {}
+    for name, run in runs.items():
+        jax.block_until_ready(run())
+        repeats[name] = max(1, min(200, int(20 / max(_once_ms(run, 1), 1e-3))))
+    times = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(_once_ms(run, repeats[name]))
+    return {name: float(np.median(ms)) for name, ms in times.items()}
+
+
+def _once_ms(run: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    results = [run() for _ in range(repeats)][-1]
+    jax.block_until_ready(results)
+    return 1e3 * (time.perf_counter() - start) / repeats
+
+
+# ---- what is written ----------------------------------------------------------------------------------
+
+
+def _machine() -> dict:
+    device = describe()
+    return {
+        "gpu": device.kind or "none",
+        "multiprocessors": device.multiprocessors if device.kind else 0,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "command": " ".join(["python3", "benchmarks/gpu.py", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _write(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)
+
+
+def _short(result) -> str:
+    text = {k: round(v, 4) for k, v in result["ms"].items()} if "ms" in result else result
+    return str(text)[:300]
+
+
+if __name__ == "__main__":
+    main()

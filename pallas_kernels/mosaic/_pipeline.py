@@ -1,0 +1,99 @@
+"""What both kernels are made of: warpgroups with one task each, and the stages of memory between them."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+COMPUTE = 2  # warpgroups that multiply; one more loads
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """Stages that are loaded and freed in turn; step `done` uses stage done % stages."""
+
+    loaded: Any
+    freed: Any
+    stages: int
+
+    def wait_until_free(self, done):
+        """The stage of this step, once both warpgroups are done with what was in it."""
+        stage = jax.lax.rem(done, jnp.int32(self.stages))
+        pl.when(done >= self.stages)(lambda: plgpu.barrier_wait(self.freed.at[stage]))
+        return stage
+
+    def wait_until_loaded(self, done):
+        """The stage of this step, once all its copies have arrived."""
+        stage = jax.lax.rem(done, jnp.int32(self.stages))
+        plgpu.barrier_wait(self.loaded.at[stage])
+        return stage
+
+    def free(self, done):
+        """Says that this warpgroup has read the stage of this step."""
+        plgpu.barrier_arrive(self.freed.at[jax.lax.rem(done, jnp.int32(self.stages))])
+
+    def drain(self, done):
+        """Waits for the last stages: a program of a cluster must not end while others free what it loaded."""
+        for k in range(self.stages):
+            step = done - self.stages + k
+            stage = jax.lax.rem(step, jnp.int32(self.stages))
+            pl.when(step >= 0)(lambda stage=stage: plgpu.barrier_wait(self.freed.at[stage]))
+
+
+def barriers(stages: int, copies: int, cluster: int = 1) -> tuple[Any, Any]:
+    """The scratch of a pipeline whose stages are filled by so many copies."""
+    loaded = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
+    if cluster == 1:
+        return loaded, plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages)
+    axes = ("cluster",)
+    return loaded, plgpu.ClusterBarrier(collective_axes=axes, num_arrivals=COMPUTE, num_barriers=stages)
+
+
+def specialise(items: int, pipeline: Pipeline, load: Callable, multiply: Callable) -> None:
+    """Runs `load` on one warpgroup and `multiply` on the others, over this program's share of the items.
+
+    Both take (item, steps done before it) and return the steps done after it.
+    """
+
+    def every_item(task):
+        loop = plgpu.nd_loop((items,), collective_axes="sm", init_carry=jnp.int32(0))
+        return loop(lambda info, carry: task(info.index[0], carry))
+
+    @pl.when(jax.lax.axis_index("wg") == COMPUTE)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+        pipeline.drain(every_item(load))
+
+    @pl.when(jax.lax.axis_index("wg") < COMPUTE)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        every_item(multiply)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def launch(
+    kernel: Callable, out: jax.ShapeDtypeStruct, scratch, name: str, *, programs: int, cluster: int, approximate
+):
+    """The kernel as a function of its operands, one program (or cluster of them) for each multiprocessor."""
+    clusters = {"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster > 1 else {}
+    semantics = plgpu.LoweringSemantics.Warpgroup
+    return plgpu.kernel(
+        kernel,
+        out_type=out,
+        scratch_types=scratch,
+        grid=(programs // cluster,),
+        grid_names=("sm",),
+        num_threads=COMPUTE + 1,
+        thread_name="wg",
+        kernel_name=f"jaxsparse_{name}",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=semantics, approx_math=approximate),
+        **clusters,
+    )
+
+
+def divide(a, b: int):
+    return jax.lax.div(a, jnp.int32(b)), jax.lax.rem(a, jnp.int32(b))

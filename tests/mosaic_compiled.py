@@ -1,0 +1,110 @@
+"""Compiles the Mosaic kernels for an H100 that is not here, through ptxas, and prints as JSON what that says.
+
+python mosaic_compiled.py FOLDER, a folder with the packages jax-cuda13-plugin and jax-cuda13-pjrt of JAX's own
+version (pip install --no-deps --target FOLDER ...); they hold the compiler, so no driver and no toolkit is needed.
+"""
+
+import functools
+import json
+import os
+import re
+import sys
+import tempfile
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_PTX": "1"}
+sys.path.insert(0, sys.argv[1])
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pallas_kernels import mosaic
+from pallas_kernels._lines import Index
+
+TARGET = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132
+  fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64 registers_per_core_limit: 65536
+  registers_per_block_limit: 65536 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES } name: "NVIDIA H100 80GB HBM3"
+}
+platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+REPLICATED = PartitionSpec()
+
+
+def mesh(gpus: int):
+    topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology=f"1x1x{gpus}")
+    return topologies.make_mesh(topo=topology, mesh_shape=(gpus,), axis_names=("batch",))
+
+
+def arrays(mesh, *shapes, spec=REPLICATED):
+    return [jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec)) for shape, dtype in shapes]
+
+
+def pattern(mesh, lines: int, nnzb: int) -> Index:
+    return Index(*arrays(mesh, *(((n,), jnp.int32) for n in (lines + 1, nnzb, lines + 1, nnzb, nnzb))))
+
+
+def compiled(f, *operands) -> tuple[str, str]:
+    """(the program, what the compilers wrote on standard output and error while they made it)."""
+    with tempfile.TemporaryFile("w+") as heard:
+        saved = [os.dup(1), os.dup(2)]
+        try:
+            for number in (1, 2):
+                os.dup2(heard.fileno(), number)
+            program = jax.jit(f).lower(*operands).compile().as_text()
+        finally:
+            for number, to in zip((1, 2), saved, strict=True):
+                os.dup2(to, number)
+        heard.seek(0)
+        return program, heard.read()
+
+
+def report(f, *operands) -> dict:
+    _, said = compiled(f, *operands)
+    return {
+        "kernels": said.count(".entry"),
+        "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
+        "registers": max(map(int, re.findall(r"Used (\d+) registers", said))),
+        "tensor cores": said.count("wgmma.mma_async"),
+        "TMA": said.count("cp.async.bulk.tensor"),
+        "multicast": said.count("multicast::cluster"),
+        "serialised": said.count("serialized"),  # ptxas says so where products can't overlap
+    }
+
+
+def products(gpu, block: int, m: int, dtype, lines: int = 32, nnzb: int = 200) -> dict:
+    size = lines * block
+    x, blocks, bias = arrays(gpu, ((m, size), dtype), ((nnzb, block, block), dtype), ((size,), dtype))
+    index, sizes = pattern(gpu, lines, nnzb), {"shape": (size, size), "block": (block, block)}
+    gelu = functools.partial(mosaic.spmm, **sizes, activation="gelu")
+    return {
+        "forward": report(gelu, x, blocks, index, bias),
+        "input gradient": report(functools.partial(mosaic.spmm, **sizes, transposed=True), x, blocks, index),
+        "weight gradient": report(functools.partial(mosaic.sddmm, **sizes), x, x, index),
+    }
+
+
+def collectives(gpus) -> list[str]:
+    """Those of a product that runs on 8 GPUs inside shard_map, the batch cut among them."""
+    (x,) = arrays(gpus, ((8192, 2048), jnp.bfloat16), spec=PartitionSpec("batch"))
+    (blocks,) = arrays(gpus, ((64, 128, 128), jnp.bfloat16))
+    one = functools.partial(mosaic.spmm, shape=(2048, 2048), block=(128, 128))
+    specs = PartitionSpec("batch"), PartitionSpec(), PartitionSpec()
+    f = jax.shard_map(one, mesh=gpus, in_specs=specs, out_specs=PartitionSpec("batch"), check_vma=False)
+    program, _ = compiled(f, x, blocks, pattern(gpus, 16, 64))
+    assert "jaxsparse_gather" in program or "mosaic_gpu" in program, program
+    return re.findall(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", program)
+
+
+if __name__ == "__main__":
+    gpu = mesh(1)
+    result = {
+        f"blocks of {b}, batch {m}": products(gpu, b, m, jnp.bfloat16) for b, m in ((128, 8192), (64, 100), (16, 64))
+    }
+    result |= {"blocks of 32, float16": products(gpu, 32, 8192, jnp.float16)}
+    print(json.dumps({"kernels": result, "collectives": collectives(mesh(8))}))

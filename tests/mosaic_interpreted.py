@@ -1,0 +1,102 @@
+"""One case of the Mosaic kernels under the GPU interpreter: python mosaic_interpreted.py NAME.
+
+Ends with 0 where every value is as close as the dense product's and no race was seen. It is a program of its own,
+as a kernel that waits for ever, or that leaves the interpreter broken, must not take the tests with it.
+"""
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxsparse import BlockPattern, testing
+from pallas_kernels import mosaic
+from pallas_kernels._device import Device
+from pallas_kernels.mosaic import configs
+
+
+def products(shape, block, m, dtype, density=0.4):
+    """y with bias, dx and dW of a pattern with an empty row and an empty column, against the oracle."""
+    grid = [-(-size // b) for size, b in zip(shape, block, strict=True)]
+    mask = np.random.default_rng(1).random(grid) < density
+    mask[0], mask[:, 1], mask[1] = True, False, False
+    pattern = BlockPattern.from_mask(np.kron(mask, np.ones(block, bool))[: shape[0], : shape[1]], block)
+    x, blocks, bias, dy = testing.inputs(testing.Case("", lambda: pattern, (m,)), pattern, dtype)
+    sizes = {"shape": shape, "block": block}
+    got = {
+        "y": mosaic.spmm(x, blocks, pattern.index, bias, **sizes),
+        "dx": mosaic.spmm(dy, blocks, pattern.index, transposed=True, **sizes),
+        "dW": mosaic.sddmm(x, dy, pattern.index, **sizes),
+    }
+    check(got, x, blocks, bias, dy, pattern)
+
+
+def diagonal(n, block, m, dtype):
+    pattern = BlockPattern.block_diagonal(n, block)
+    x, blocks, bias, dy = testing.inputs(testing.Case("", lambda: pattern, (m,)), pattern, dtype)
+    got = {
+        "y": mosaic.block_diag_matmul(x, blocks, bias),
+        "dx": mosaic.block_diag_matmul(dy, blocks, transposed=True),
+        "dW": mosaic.block_diag_outer(x, dy, n),
+    }
+    check(got, x, blocks, bias, dy, pattern)
+
+
+def epilogues(m=40):
+    """Every activation, against itself applied to the wide sum: at most one rounding apart."""
+    pattern = BlockPattern.block_diagonal(2, (64, 64))
+    x, blocks, bias, _ = testing.inputs(testing.Case("", lambda: pattern, (m,)), pattern, jnp.bfloat16)
+    wide = [a.astype(jnp.float32) for a in (x, pattern.to_dense(blocks), bias)]
+    for activation in ("relu", "gelu", "silu"):
+        want = getattr(jax.nn, activation)(wide[0] @ wide[1] + wide[2])
+        got = mosaic.block_diag_matmul(x, blocks, bias, activation=activation).astype(jnp.float32)
+        assert jnp.allclose(got, want, rtol=2**-7, atol=1e-4), activation
+
+
+def mapped():
+    """A stack of weights under vmap is the loop over them."""
+    pattern = BlockPattern.block_diagonal(2, (64, 64))
+    x, blocks = testing.normal(0, (64, 128), jnp.bfloat16), testing.normal(1, (2, 2, 64, 64), jnp.bfloat16)
+    one = functools.partial(mosaic.spmm, shape=pattern.shape, block=pattern.block)
+    got = jax.vmap(lambda w: one(x, w, pattern.index))(blocks)
+    assert jnp.array_equal(got[1], one(x, blocks[1], pattern.index))
+
+
+def check(got, x, blocks, bias, dy, pattern):
+    truth = testing.true_products(x, blocks, bias, dy, pattern)
+    dense = testing.dense_products(x, blocks, bias, dy, pattern)
+    for name, value in got.items():
+        testing.assert_as_close_as_dense(value, truth[name], dense[name], name)
+
+
+def clusters():
+    """Two programs that share what they load of the blocks, over several bands of the batch."""
+    configs.for_gather = lambda *_: configs.Gather(64, 64, 64, 1, 2, band=1, cluster=2)
+    products((192, 256), (64, 64), 300, jnp.bfloat16)
+
+
+CASES = {
+    "blocks of 64, every size ragged": lambda: products((200, 300), (64, 64), 100, jnp.bfloat16),
+    "blocks of 128": lambda: products((384, 256), (128, 128), 129, jnp.float16),
+    "blocks of 64x128": lambda: products((256, 384), (64, 128), 8, jnp.bfloat16),
+    "blocks of 16x32": lambda: products((100, 130), (16, 32), 7, jnp.float16),
+    "block-diagonal": lambda: (diagonal(3, (64, 256), 72, jnp.bfloat16), epilogues(), mapped()),
+    "clusters": clusters,
+}
+
+
+def in_two_stages(choose):
+    """Few programs and few stages, so that on small arrays too each is used again and again."""
+    return lambda *sizes: choose(*sizes)._replace(stages=2)
+
+
+if __name__ == "__main__":
+    mosaic.describe = lambda: Device("", multiprocessors=2)
+    configs.for_gather, configs.for_sample = map(in_two_stages, (configs.for_gather, configs.for_sample))
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        CASES[sys.argv[1]]()
+    assert not interpreter.get_races().races_found, "the interpreter saw a race"

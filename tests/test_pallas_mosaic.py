@@ -1,0 +1,191 @@
+"""The Mosaic kernels with no GPU: interpreted with race detection, lowered, compiled for an H100, with bugs planted.
+
+What the interpreter can't see is the asynchrony of the tensor cores; that is for `benchmarks/gpu.py` on a GPU.
+"""
+
+import concurrent.futures
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import mosaic
+from pallas_kernels._device import Device
+from pallas_kernels._lines import Index, lines_of
+
+HERE = Path(__file__).parent
+TOO_OLD = jax.__version_info__ < (0, 11, 2)
+COMPILER = os.environ.get("JAXSPARSE_GPU_COMPILER", "")  # see mosaic_compiled.py
+LATEST = 100  # seconds; a kernel that waits for ever is stopped
+CASES = [
+    "blocks of 64, every size ragged",
+    "blocks of 128",
+    "blocks of 64x128",
+    "blocks of 16x32",
+    "block-diagonal",
+    "clusters",
+]
+# name: (file, what stands there, what is planted, the case that must fail)
+BUGS = {
+    "a missing commit": ("gather.py", "plgpu.commit_smem()", "pass", "blocks of 64x128"),
+    "a tile of y off by one": (
+        "gather.py",
+        "pl.ds(row + mine, c.tile_m)",
+        "pl.ds(row + mine + 1, c.tile_m)",
+        "blocks of 64x128",
+    ),
+    "a swapped index": ("gather.py", "slot_ref[stored]", "source_ref[stored]", "blocks of 64x128"),
+    "a stage too few": (
+        "_pipeline.py",
+        "pl.when(done >= self.stages)",
+        "pl.when(done > self.stages)",
+        "blocks of 64x128",
+    ),
+    "a wrong transposition": (
+        "gather.py",
+        "w.transpose((1, 0)) if transposed else w",
+        "w",
+        "blocks of 64, every size ragged",
+    ),
+    "a piece of the wrong row": ("sample.py", "ptr_ref[row] + entry", "ptr_ref[row] + entry + 1", "blocks of 64x128"),
+}
+# An editable install of the packages would come before the folder that holds the planted bug.
+NOT_EDITABLE = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]
+"""
+needs_interpreter = pytest.mark.skipif(TOO_OLD, reason=f"mosaic: JAX {jax.__version__} has no interpreter for it")
+
+
+def interpret(case: str, packages: Path = HERE.parent) -> subprocess.CompletedProcess:
+    """Runs one case in a process of its own, on the packages of a folder."""
+    command = [sys.executable, "-W", "error", HERE / "mosaic_interpreted.py", case]
+    return run(command, {"PYTHONPATH": str(packages)})
+
+
+def run(command, variables) -> subprocess.CompletedProcess:
+    try:
+        environment = {**os.environ, **variables}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LATEST)
+    except subprocess.TimeoutExpired as stopped:
+        return subprocess.CompletedProcess(command, 124, "", f"stopped after {LATEST} s: {stopped}")
+
+
+def plant(bug: str, folder: Path) -> Path:
+    """A folder with the packages, and the bug in them."""
+    name, right, wrong, _ = BUGS[bug]
+    for package in ("pallas_kernels", "jaxsparse", "cpu_kernels"):
+        shutil.copytree(HERE.parent / package, folder / package)
+    planted = folder / "pallas_kernels" / "mosaic" / name
+    source = planted.read_text()
+    assert source.count(right) == 1, f"{bug}: its line is no longer there; plant it anew"
+    planted.write_text(source.replace(right, wrong))
+    (folder / "sitecustomize.py").write_text(NOT_EDITABLE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """Case or bug to its result, to be waited for: asked for one, it begins with all of them, two at a time."""
+    pool = concurrent.futures.ThreadPoolExecutor(2)
+    begun = {case: pool.submit(interpret, case) for case in CASES}
+    for bug, (*_, case) in BUGS.items():
+        begun[bug] = pool.submit(interpret, case, plant(bug, tmp_path_factory.mktemp("planted")))
+    yield begun
+    pool.shutdown(cancel_futures=True)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted_kernels_match_the_dense_product_without_a_race(case, started):
+    done = started[case].result()
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_caught(bug, started):
+    done = started[bug].result()
+    assert done.returncode != 0
+    assert "RACE DETECTED" in done.stderr or "AssertionError" in done.stderr, done.stderr[-3000:]
+
+
+def lower(f, *shapes) -> str:
+    return jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def index_of(lines: int, nnzb: int) -> Index:
+    return Index(*(jax.ShapeDtypeStruct((n,), jnp.int32) for n in (lines + 1, nnzb, lines + 1, nnzb, nnzb)))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("m", [8, 8192])
+@pytest.mark.parametrize("block", [(16, 16), (32, 64), (64, 64), (128, 128), (256, 192)], ids=str)
+def test_whatever_may_be_chosen_lowers(block, m):
+    from pallas_kernels.mosaic import configs
+    from pallas_kernels.mosaic.gather import gather
+    from pallas_kernels.mosaic.sample import sample
+
+    (i, o), lines, nnzb, device = block, 33, 200, Device()
+    x, dy, blocks, bias = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        for shape in ((m, 64 * lines * i), (m, 64 * lines * o), (nnzb, i, o), (64 * lines * o,))
+    )
+    index = index_of(64 * lines, nnzb)
+    for config in configs.candidates_for_gather(m, x.shape[1], i, o, 64 * lines):
+        f = lambda x, w, index, b, c=config: gather(  # noqa: E731
+            x, w, lines_of(index, False), b, c, device, transposed=False, activation="gelu"
+        )
+        assert "mosaic_gpu" in lower(f, x, blocks, index, bias)
+    for config in configs.candidates_for_gather(m, dy.shape[1], o, i, 64 * lines):
+        f = lambda dy, w, index, c=config: gather(  # noqa: E731
+            dy, w, lines_of(index, True), None, c, device, transposed=True, activation=None
+        )
+        assert "mosaic_gpu" in lower(f, dy, blocks, index)
+    for config in configs.candidates_for_sample(i, o, nnzb, 64 * lines):
+        f = lambda x, dy, index, c=config: sample(x, dy, index, block, c, device)  # noqa: E731
+        assert "mosaic_gpu" in lower(f, x, dy, index)
+
+
+@needs_interpreter
+def test_what_was_measured_fits_a_program():
+    from pallas_kernels.mosaic import configs
+
+    for measured in json.loads(configs.MEASURED.read_text()).values() if configs.MEASURED.exists() else ():
+        for name, fields in measured.items():
+            config = (configs.Gather if name.startswith("gather") else configs.Sample)(**fields)
+            assert config.shared_memory <= configs.SHARED_MEMORY, name
+
+
+@needs_interpreter
+@pytest.mark.skipif(not COMPILER, reason="mosaic: JAXSPARSE_GPU_COMPILER names no folder with XLA's compiler for GPUs")
+def test_compiled_kernels_use_tensor_cores_and_tma_and_spill_nothing():
+    done = run([sys.executable, HERE / "mosaic_compiled.py", COMPILER], {"PYTHONPATH": str(HERE.parent)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert result["collectives"] == []
+    for size, products in result["kernels"].items():
+        for product, said in products.items():
+            assert said["kernels"] == 1, (size, product, said)
+            assert said["spilled"] == said["serialised"] == 0, (size, product, said)
+            assert said["tensor cores"] and said["TMA"] >= 3, (size, product, said)
+    assert result["kernels"]["blocks of 128, batch 8192"]["forward"]["multicast"]
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (("spmm", "float32", (64, 64), "cuda"), "float32 is not one of bfloat16, float16"),
+        (("spmm", "bfloat16", (48, 64), "cuda"), "each side must be 16, 32 or a multiple of 64"),
+        (("spmm", "bfloat16", (1, 1), "cuda"), "(1, 1) don't fit"),
+        (("spmm", "bfloat16", (64, 64), "cpu"), "needs Python 3.12" if TOO_OLD else "an NVIDIA GPU, not on cpu"),
+    ],
+)
+def test_why_not_says_what_is_wrong(arguments, words):
+    assert words in str(mosaic.why_not(*arguments))
