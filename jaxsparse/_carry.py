@@ -38,9 +38,11 @@ def _check(moving: list, fitting: list, shape: tuple[int, ...], path: Path) -> N
         found = ", ".join(map(jax.tree_util.keystr, fitting))
         raise ValueError(f"path={path!r} is in none of the leaves of shape {shape} in opt_state: {found}.")
     for other in moving[1:]:
-        a, b = next((a, b) for a, b in zip(moving[0], other, strict=False) if a != b)
-        # Containers of optimizers are tuples and named tuples; a dict with two keys holds two parameters.
-        if isinstance(a, jax.tree_util.DictKey):
+        depth, a = next((k, a) for k, (a, b) in enumerate(zip(moving[0], other, strict=False)) if a != b)
+        # In a field of Optax's named tuples, a dict with two keys holds two parameters. A state that was turned into
+        # dicts, as `nnx.state` does, has none of those: there only a path can tell a moment from a parameter.
+        inside = any(isinstance(key, jax.tree_util.GetAttrKey) for key in moving[0][:depth])
+        if isinstance(a, jax.tree_util.DictKey) and (inside or path is None):
             pair = " and ".join(map(jax.tree_util.keystr, (moving[0], other)))
             raise ValueError(
                 f"opt_state holds several parameters of shape {shape}, {pair}: say which one moves, "

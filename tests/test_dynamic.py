@@ -162,6 +162,11 @@ def test_a_state_with_several_such_parameters_needs_a_path():
         0
     ].mu
     assert mu["a"]["kernel"].all() and not mu["b"]["kernel"].all()
+    with pytest.raises(ValueError, match="several parameters"):
+        dynamic.set_(KEY, blocks, pattern, state, drop_fraction=0.3, path="kernel")
+    plain = {"mu": {"a": blocks + 9, "b": blocks + 9}, "nu": {"a": blocks + 9, "b": blocks + 9}}  # as nnx.state has it
+    moved = dynamic.set_(KEY, blocks, pattern, plain, drop_fraction=0.3, path="b")[2]
+    assert all(m["a"].all() and not m["b"].all() for m in moved.values())
     alone = optax.adam(1e-3).init({"a": {"kernel": blocks}})
     dynamic.set_(KEY, blocks, pattern, alone, drop_fraction=0.3)
 
