@@ -22,8 +22,9 @@ BACKENDS: dict[str, ModuleType] = {
     "triton": triton,
     "interpret": interpret,
 }
-# Platform: the back ends that are faster there than XLA, the best first. On a GPU that is a prediction.
-_PREFERRED = {"cpu": ("cpu",), "cuda": ("mosaic", "triton")}
+# Platform: the back ends known to be faster there than XLA, the best first. A GPU's wait for benchmarks/gpu.py to
+# have run on one.
+_PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ()}
 
 
 def check_name(backend: str | None) -> None:
@@ -80,7 +81,7 @@ class _Product(NamedTuple):
 
     def _is_dense_work(self, platform: str) -> bool:
         """Diagonal blocks as large as dense layers: XLA's own product is as fast or faster (docs/performance.md).
-        On a GPU that is expected of all of them, as one strided-batched product reads them where they are."""
+        On a GPU that is expected of all, as one strided-batched product reads them where they are."""
         return self.op.startswith("block_diag") and (platform == "cuda" or min(self.block) >= 1024)
 
     def keeping(self, used: tuple[bool, ...]):

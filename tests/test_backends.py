@@ -46,10 +46,12 @@ def test_a_program_for_another_platform_has_no_cpu_kernel():
     assert "jaxsparse_cpu" not in exported.mlir_module()
 
 
-def test_a_gpu_takes_the_best_kernel_that_can_run_and_leaves_block_diagonals_to_xla(monkeypatch):
+def test_a_gpu_takes_the_best_known_kernel_that_can_run_and_leaves_block_diagonals_to_xla(monkeypatch):
     def chosen(op):
         return _backends._Product(op, None, jnp.dtype("bfloat16"), (64, 64), ())("cuda").func
 
+    assert chosen("spmm") is _xla.spmm  # nothing has been timed on a GPU
+    monkeypatch.setitem(_backends._PREFERRED, "cuda", ("mosaic", "triton"))
     for module in (triton, mosaic):
         monkeypatch.setattr(module, "why_not", lambda *_: "there is no such GPU")
     assert chosen("spmm") is _xla.spmm
