@@ -41,6 +41,7 @@ PACKAGES = {"jaxsparse", "torch_bridge"}
 FOREIGN = {"torch", "jax", "numpy", "flax"}
 BRIDGE = {
     "__init__.py": {"_errors", "dlpack", "function", "module", "nn", "patch"},
+    "_compressed.py": {"dlpack"},
     "_dense.py": set(),
     "_errors.py": set(),
     "_process.py": {"_errors"},
@@ -55,10 +56,11 @@ BRIDGE = {
     "_nnx.py": {"_errors", "_linen"},
     "model.py": {"_linen", "_nnx", "abstract", "autograd", "compile", "dlpack", "flat_op", "function"},
     "module.py": {"_errors", "_linen", "_nnx", "dlpack", "model"},
-    "nn.py": {"_dense", "dlpack", "function"},
+    "nn.py": {"_compressed", "_dense", "dlpack", "function"},
     "patch.py": {"nn"},
 }
 SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
+    "_compressed.py": {"jaxsparse.formats"},
     "_dense.py": {"jaxsparse.formats"},
     "checkpoint.py": {"jaxsparse.checkpoint"},
     "nn.py": {"jaxsparse._flax", "jaxsparse.formats", "jaxsparse.ops"},

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jaxsparse import _flax, ops
 from jaxsparse.formats import BlockPattern
-from torch_bridge import _dense
+from torch_bridge import _compressed, _dense
 from torch_bridge.dlpack import Views, jax_to_torch, torch_to_jax
 from torch_bridge.function import TracedFunction
 
@@ -213,6 +213,33 @@ class BlockSparseLinear(nn.Module):
     def to_linear(self) -> nn.Linear:
         """A `torch.nn.Linear` that computes the same, zeros stored as zeros."""
         return _linear_of(self, _dense.scatter(self.weight.detach(), self.pattern))
+
+    @classmethod
+    def from_sparse(cls, weight: Tensor, bias: Tensor | None = None, **options) -> Self:
+        """The layer with the entries of an (out, in) CSR tensor, or the blocks of a BSR one, as its weight.
+
+        Args:
+          bias: [out], or None for a layer without.
+          options: `precision` and `backend`.
+        Raises:
+          ValueError: for another layout, and for a BSR tensor where the layer stores single entries.
+        """
+        pattern, values = _compressed.split(weight)
+        like = {"bias": bias is not None, "device": values.device, "dtype": values.dtype}
+        layer = cls(*pattern.shape, pattern=pattern, **like, **options)
+        with torch.no_grad():
+            layer.weight.copy_(values)
+            if layer.bias is not None and bias is not None:
+                layer.bias.copy_(bias)
+        return layer
+
+    def to_sparse(self) -> Tensor:
+        """A copy of the weight as an (out, in) tensor: BSR, or CSR where the block is (1, 1).
+
+        Raises:
+          ValueError: if the blocks do not divide the matrix.
+        """
+        return _compressed.join(self.pattern, self.weight.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         return _multiply(self, x, self._index())

@@ -1,0 +1,68 @@
+"""Layers from torch's CSR and BSR tensors, and back."""
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from jaxsparse import BlockPattern  # noqa: E402
+from torch_bridge import BlockSparseLinear, SparseLinear  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse (CSR|BSR) tensor support is in beta state:UserWarning")
+
+
+def weight(out=24, size_in=40, block=(8, 4)):
+    """A dense (out, in) weight with blocks of (out, in) `block` missing, and an output with none at all."""
+    torch.manual_seed(0)
+    kept = (torch.rand(out // block[0], size_in // block[1]) < 0.4).repeat_interleave(block[0], 0)
+    w = torch.randn(out, size_in) * kept.repeat_interleave(block[1], 1)
+    w[: block[0]] = 0
+    return w
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_csr_weight_becomes_a_layer_and_comes_back(dtype, bias):
+    sparse = weight().to(dtype).to_sparse_csr()
+    layer = SparseLinear.from_sparse(sparse, torch.arange(24, dtype=dtype) if bias else None)
+    assert layer.weight.shape == (sparse.values().numel(),) and layer.weight.dtype == dtype
+    x = torch.randn(5, 40, dtype=dtype)
+    assert torch.allclose(layer(x), torch.nn.functional.linear(x, weight().to(dtype), layer.bias), atol=0.2)
+    back = layer.to_sparse()
+    assert back.layout == torch.sparse_csr and torch.equal(back.to_dense(), sparse.to_dense())
+
+
+def test_a_bsr_weight_becomes_a_layer_and_comes_back():
+    sparse = weight().to_sparse_bsr((8, 4))
+    layer = BlockSparseLinear.from_sparse(sparse)
+    assert layer.weight.shape == (sparse.values().shape[0], 4, 8) and layer.bias is None
+    x = torch.randn(5, 40)
+    torch.testing.assert_close(layer(x), x @ weight().T)
+    back = layer.to_sparse()
+    assert back.layout == torch.sparse_bsr and torch.equal(back.to_dense(), weight())
+
+
+@pytest.mark.parametrize("block", [1, (8, 4)])
+def test_a_transposed_pattern_is_written_in_torchs_order(block):
+    pattern = BlockPattern.random(jax.random.key(0), (24, 40), density=0.4, block=block).T
+    layer = BlockSparseLinear(40, 24, pattern=pattern)
+    dense = np.asarray(pattern.to_dense(layer.weight.detach().numpy())).T
+    np.testing.assert_array_equal(layer.to_sparse().to_dense().numpy(), dense)
+
+
+def test_the_copy_shares_nothing():
+    layer = SparseLinear.from_sparse(weight().to_sparse_csr())
+    before = layer.to_sparse().to_dense()
+    layer.to_sparse().values().zero_()
+    assert torch.equal(layer.to_sparse().to_dense(), before)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="strided tensor of 2 dimensions, and must be sparse_csr"):
+        SparseLinear.from_sparse(weight())
+    with pytest.raises(ValueError, match="not single entries: use BlockSparseLinear"):
+        SparseLinear.from_sparse(weight().to_sparse_bsr((8, 4)))
+    with pytest.raises(ValueError, match=r"blocks of 16 x 16 do not divide \(40, 24\)"):
+        BlockSparseLinear(40, 24, 0.5, 16).to_sparse()
