@@ -45,6 +45,7 @@ BRIDGE = {
     "_dense.py": set(),
     "_errors.py": set(),
     "_process.py": {"_errors"},
+    "_product.py": {"function"},
     "checkpoint.py": set(),
     "dlpack.py": {"_errors", "_process"},
     "flat_op.py": set(),
@@ -56,14 +57,15 @@ BRIDGE = {
     "_nnx.py": {"_errors", "_linen"},
     "model.py": {"_linen", "_nnx", "abstract", "autograd", "compile", "dlpack", "flat_op", "function"},
     "module.py": {"_errors", "_linen", "_nnx", "dlpack", "model"},
-    "nn.py": {"_compressed", "_dense", "dlpack", "function"},
+    "nn.py": {"_compressed", "_dense", "_product", "dlpack"},
     "patch.py": {"nn"},
 }
 SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
     "_compressed.py": {"jaxsparse.formats"},
     "_dense.py": {"jaxsparse.formats"},
     "checkpoint.py": {"jaxsparse.checkpoint"},
-    "nn.py": {"jaxsparse._flax", "jaxsparse.formats", "jaxsparse.ops"},
+    "_product.py": {"jaxsparse.formats", "jaxsparse.ops"},
+    "nn.py": {"jaxsparse._flax", "jaxsparse.formats"},
     "patch.py": {"jaxsparse._rules"},
 }
 

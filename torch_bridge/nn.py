@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
 from typing import Any, Self, TypeVar
 
@@ -11,11 +9,11 @@ import jax
 import torch
 from torch import Tensor, nn
 
-from jaxsparse import _flax, ops
+from jaxsparse import _flax
 from jaxsparse.formats import BlockPattern
 from torch_bridge import _compressed, _dense
+from torch_bridge._product import Product, edge_mask, traced
 from torch_bridge.dlpack import Views, jax_to_torch, torch_to_jax
-from torch_bridge.function import TracedFunction
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 _INDEX = ("col_ptr", "row_index", "row_ptr", "col_index", "order")
@@ -66,8 +64,8 @@ class BlockDiagLinear(nn.Module):
         i = _flax.features_per_block("in_features", in_features, num_blocks)
         o = _flax.features_per_block("out_features", out_features, num_blocks)
         self.in_features, self.out_features, self.num_blocks = in_features, out_features, num_blocks
-        self._product = _Product((num_blocks, i, o), precision=precision, backend=backend)
-        self._traced = _traced(self._product)
+        self._product = Product((num_blocks, i, o), precision=precision, backend=backend)
+        self._traced = traced(self._product)
         self._views = Views(range(2 if bias else 1))
         _make_parameters(self, (num_blocks, i, o), out_features if bias else None, device, dtype)
         self.reset_parameters()
@@ -154,8 +152,8 @@ class BlockSparseLinear(nn.Module):
         pattern = _flax.make_pattern(_draw_key, shape, density, block, pattern, mask)
         self.in_features, self.out_features = shape
         sizes = (pattern.values_shape, pattern.shape, pattern.block, pattern.transposed)
-        self._product = _Product(*sizes, precision, backend)
-        self._traced = _traced(self._product)
+        self._product = Product(*sizes, precision, backend)
+        self._traced = traced(self._product)
         self._views = Views(range(_LEADING if bias else _LEADING - 1))
         _make_parameters(self, pattern.values_shape, out_features if bias else None, device, dtype)
         for name in _INDEX:
@@ -177,7 +175,7 @@ class BlockSparseLinear(nn.Module):
     def reset_parameters(self) -> None:
         """Draws weight and bias anew, from torch's generator. The pattern stays."""
         _draw_parameters(self, max(1, round(self.density * self.in_features)))
-        inside = None if self.weight.is_meta else _edge_mask(self.pattern)
+        inside = None if self.weight.is_meta else edge_mask(self.pattern)
         if inside is not None:  # what lies beyond the matrix is zero, and stays so: it gets no gradient
             with torch.no_grad():
                 self.weight.mul_(jax_to_torch(inside).to(self.weight.device))
@@ -304,39 +302,6 @@ class SparseLinear(BlockSparseLinear):
 
     def extra_repr(self) -> str:
         return super().extra_repr().replace(f"block={self._product.block}, ", "")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Product:
-    """What is static about a layer's product. Equal ones share their compiled code."""
-
-    values_shape: tuple[int, ...]
-    shape: tuple[int, int] = (0, 0)
-    block: tuple[int, int] = (0, 0)
-    transposed: bool = False
-    precision: Any = None
-    backend: str | None = None
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return (*self.shape, *self.block, int(self.transposed))
-
-    def pattern(self, index) -> BlockPattern:
-        return BlockPattern.tree_unflatten((self.shape, self.block, self.transposed), index)
-
-    def __call__(self, *, bias, index, weight, x):
-        options = {"precision": self.precision, "backend": self.backend}
-        if index is None:
-            return ops.block_diag_matmul(x, weight, bias, **options)
-        return ops.spmm(x, weight, self.pattern(index), bias, **options)
-
-
-_edge_mask = jax.jit(BlockPattern.edge_mask)
-
-
-@functools.cache
-def _traced(product: _Product) -> TracedFunction:
-    return TracedFunction(product, "a sparse linear layer")
 
 
 def _multiply(layer: BlockDiagLinear | BlockSparseLinear, x: Tensor, index: tuple[Tensor, ...] | None) -> Tensor:
