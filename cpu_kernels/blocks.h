@@ -94,7 +94,7 @@ bool block_spmm(const Product& p, const Pool& pool) {
   const int64_t pieces = ceil_div(p.width, kUnit<A>), longest = longest_line(lines);
   const double work = double(p.m) * double(lines.entries) * double(p.depth) * double(p.width);
   const int workers = workers_for(pool, work);
-  const int64_t stride = packed_stride<S>(p.in, p.m);
+  const int64_t stride = packed_stride<S>(p.in);
   const int64_t own = ceil_div(longest * p.depth * kUnit<A>, 16) * 16;
   Scratch packed(sizeof(A) * stride * p.m), panels(sizeof(A) * own * workers);
   if (!packed.data() || !panels.data()) return false;

@@ -15,13 +15,10 @@ struct Rows {
 };
 
 // The stride of a copy of x's rows, or 0 where they are read in place. Half-precision rows are
-// widened once for all lines; rows a multiple of 1 KiB apart are copied to a stride at which
-// they spread over the sets of the caches.
+// widened once for all lines, to a stride at which they spread over the sets of the caches.
 template <class S>
-int64_t packed_stride(int64_t width, int64_t m) {
-  const bool widens = sizeof(S) != sizeof(Sum<S>);
-  const bool collides = width * int64_t(sizeof(S)) % 1024 == 0 && m > 8;
-  return widens || collides ? ceil_div(width, 16) * 16 + 16 : 0;
+int64_t packed_stride(int64_t width) {
+  return sizeof(S) != sizeof(Sum<S>) ? ceil_div(width, 16) * 16 + 16 : 0;
 }
 
 // Rows [first, last) of x to rows of `stride`, which end in zeros.

@@ -74,7 +74,12 @@ int64_t line_of_part(const Lines& lines, int64_t part, int64_t parts) {
     else
       high = middle;
   }
-  return low;
+  return lines.lines < 64 * parts ? low : low / 16 * 16;  // whole vectors of results, where that is fair
+}
+
+// Where slab `s` of `slabs` begins: at a whole vector, so that only the last one ends raggedly.
+int64_t slab_begin(int64_t width, int64_t s, int64_t slabs) {
+  return s == slabs ? width : width * s / slabs / 16 * 16;
 }
 
 // tile[f][0 .. NV*L) = x[row .. row + NV*L)[f] for f in [first, last); rows from m on are zero.
@@ -141,7 +146,10 @@ ALWAYS_INLINE void with_tile(int64_t rows, F f) {
   f(Tile<L, least(kMost, 4)>{});
 }
 
-// The batch cut into tiles. Tile t begins at row `row(t)`, and is packed at row(t) * features.
+// Bytes of packed tiles at a time: what many cores share as their last cache.
+constexpr int64_t kRoundBytes = 16 << 20;
+
+// The batch cut into tiles, which are packed and used in rounds. Tile t begins at row `row(t)`.
 template <class A, int kMost>
 struct Batch {
   int64_t m, full, count, padded;
@@ -161,6 +169,10 @@ struct Batch {
     int64_t at = full * T;
     for (int64_t i = full; i < t; ++i) at += lanes(at);
     return at;
+  }
+  // How many tiles are packed in one round, where a batch row takes `bytes`.
+  int64_t per_round(int64_t bytes) const {
+    return most<int64_t>(1, kRoundBytes / most<int64_t>(1, bytes * kMost * kLanes<A>));
   }
   // f(tile type, first row)
   template <class F>

@@ -117,20 +117,26 @@ struct Grads {
   S *dvalues, *dx;
 };
 
+// Tiles [first, last), of which the first begins at row `begin`.
+struct Round {
+  int64_t first, last, begin;
+};
+
 // Everything a chunk of lines needs, tile after tile: the sum over the batch has one order.
 template <class S, bool kBoth>
-void pass_chunk(const Grads<S>& g, const Batch<Sum<S>, kGradVectors>& batch, int64_t first,
-                int64_t last, Pass<S> pass, const Sum<S>* own, const Sum<S>* other, Sum<S>* sum) {
+void pass_chunk(const Grads<S>& g, const Batch<Sum<S>, kGradVectors>& batch, const Round& round,
+                int64_t first, int64_t last, Pass<S> pass, const Sum<S>* own, const Sum<S>* other,
+                Sum<S>* sum) {
   using A = Sum<S>;
   alignas(64) A partial[kLanes<A> * kLanes<A>] = {};
   pass.partial = partial;
-  for (int64_t t = 0; t < batch.count; ++t) {
+  for (int64_t t = round.first; t < round.last; ++t) {
     pass.first = t == 0;
     pass.last = t == batch.count - 1;
     batch.visit(t, [&](auto tile, int64_t row) {
       constexpr int L = tile.L, NV = tile.NV, T = tile.T;
-      pass.own = own + row * g.own_width;
-      pass.other = other + row * g.other_width;
+      pass.own = own + (row - round.begin) * g.own_width;
+      pass.other = other + (row - round.begin) * g.other_width;
       int32_t* cursors = reinterpret_cast<int32_t*>(sum + (kBoth ? (last - first) * T : 0));
       for (int64_t n = first; n < last; ++n) cursors[n - first] = g.lines.ptr[n];
       if (kBoth)
@@ -166,36 +172,47 @@ bool unstructured_outer(const Grads<S>& g, const Pool& pool) {
   const int64_t entries = ceil_div(lines.entries, 16) * 16, pair = g.own_width + g.other_width;
   const int64_t own_scratch =
       ceil_div(lines.lines * (4 + (kBoth ? kGradVectors * kVectorBytes : 0)), 64) * 64;
-  Scratch packed(sizeof(A) * batch.padded * pair), sums(own_scratch * workers);
+  const int64_t step = batch.per_round(sizeof(A) * pair), rows = batch.row(least(step, batch.count));
+  Scratch packed(sizeof(A) * rows * pair), sums(own_scratch * workers);
   Scratch ordered(sizeof(A) * entries * (kBoth ? 2 : 1));
   if (!packed.data() || !sums.data() || !ordered.data()) return false;
   A* own_tiles = reinterpret_cast<A*>(packed.data());
-  A* other_tiles = own_tiles + batch.padded * g.own_width;
+  A* other_tiles = own_tiles + rows * g.own_width;
   A* dots = reinterpret_cast<A*>(ordered.data());
   Flag wrong;
+  Round round{0, 0, 0};
   const auto pack = [&](int64_t task, int) {
     const int64_t s = task % slabs;
-    if (task / slabs == batch.count) {
+    if (task / slabs == round.last - round.first) {
       if (!in_range(lines, line_of_part(lines, s, slabs), line_of_part(lines, s + 1, slabs)))
         wrong.raise();
       return;
     }
-    batch.visit(task / slabs, [&](auto tile, int64_t row) {
-      pack_tile<tile.L, tile.NV>(g.own, g.m, g.own_width, row, s * g.own_width / slabs,
-                                 (s + 1) * g.own_width / slabs, own_tiles + row * g.own_width);
-      pack_tile<tile.L, tile.NV>(g.other, g.m, g.other_width, row, s * g.other_width / slabs,
-                                 (s + 1) * g.other_width / slabs, other_tiles + row * g.other_width);
+    batch.visit(round.first + task / slabs, [&](auto tile, int64_t row) {
+      const auto pack_slab = [&](const S* x, int64_t width, A* tiles) {
+        pack_tile<tile.L, tile.NV>(x, g.m, width, row, slab_begin(width, s, slabs),
+                                   slab_begin(width, s + 1, slabs), tiles + (row - round.begin) * width);
+      };
+      pack_slab(g.own, g.own_width, own_tiles);
+      pack_slab(g.other, g.other_width, other_tiles);
     });
   };
   const auto multiply = [&](int64_t part, int worker) {
     if (wrong.up()) return;
     const Pass<S> pass{nullptr, nullptr, g.values, dots + entries, dots, nullptr, g.dvalues, 0, 0};
-    pass_chunk<S, kBoth>(g, batch, line_of_part(lines, part, parts),
+    pass_chunk<S, kBoth>(g, batch, round, line_of_part(lines, part, parts),
                          line_of_part(lines, part + 1, parts), pass, own_tiles, other_tiles,
                          reinterpret_cast<A*>(sums.data() + own_scratch * worker));
   };
-  const Phase phases[] = {phase((batch.count + 1) * slabs, pack), phase(parts, multiply)};
-  run_phases(pool, workers, phases, 2);
+  do {  // once for an empty batch, too
+    round.last = least(round.first + step, batch.count);
+    round.begin = batch.row(round.first);
+    const int64_t checks = round.first == 0 ? slabs : 0;
+    const Phase phases[] = {phase((round.last - round.first) * slabs + checks, pack),
+                            phase(parts, multiply)};
+    run_phases(pool, workers, phases, 2);
+    round.first = round.last;
+  } while (round.first < batch.count && !wrong.up());
   return !wrong.up();
 }
 
