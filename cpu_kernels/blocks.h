@@ -66,9 +66,8 @@ void multiply_panel(const Product& p, const Rows<Sum<S>>& x, int64_t line, int64
       finish<rows.R, NV, L, S>(sum, target, r);
     });
   };
-  const bool far = p.width * int64_t(sizeof(S)) % 1024 == 0 && last - row > 4 * kRowsWorthPacking;
   const bool widens = sizeof(S) != sizeof(A) && last - row >= kRowsWorthPacking;
-  if (p.transposed || in_block < W || far || widens) {
+  if (p.transposed || in_block < W || widens) {
     pack_panel<W, S>(p, line, j, in_block, scratch);
     multiply_by(static_cast<const A*>(scratch), W);
   } else {

@@ -63,10 +63,9 @@ class Case:
         draw = lambda *s: jnp.asarray(rng.standard_normal(s), self.dtype)  # noqa: E731
         self.x, self.dy, self.blocks = draw(m, size_in), draw(m, size_out), draw(*values)
         self.bias = draw(size_out)
-        padded = np.zeros((grid[0] * i, grid[1] * o))
-        for k, (r, c) in enumerate(zip(self.index.rows, self.index.cols, strict=True)):
-            padded[r * i : r * i + i, c * o : c * o + o] = wide(self.blocks)[k]
-        self.dense = padded[:size_in, :size_out]
+        padded = np.zeros((grid[0], i, grid[1], o))
+        padded[self.index.rows, :, self.index.cols] = wide(self.blocks).reshape(nnzb, i, o)
+        self.dense = padded.reshape(grid[0] * i, grid[1] * o)[:size_in, :size_out]
 
     @property
     def sizes(self):
@@ -74,13 +73,10 @@ class Case:
 
     def sample(self, full):
         """Picks the stored blocks out of a dense matrix, zeros beyond its edge."""
-        i, o = self.block
-        padded = np.zeros((full.shape[0] + i, full.shape[1] + o))
-        padded[: full.shape[0], : full.shape[1]] = full
-        pieces = [
-            padded[r * i : r * i + i, c * o : c * o + o] for r, c in zip(self.index.rows, self.index.cols, strict=True)
-        ]
-        return np.array(pieces).reshape(self.blocks.shape)
+        (i, o), (rows, cols) = self.block, full.shape
+        padded = np.pad(full, ((0, -rows % i), (0, -cols % o)))
+        pieces = padded.reshape(-(-rows // i), i, -(-cols // o), o)[self.index.rows, :, self.index.cols]
+        return pieces.reshape(self.blocks.shape)
 
 
 def wide(x):
@@ -165,6 +161,16 @@ def test_large_problems_use_several_tiles_slices_and_threads(isa):
         assert_close(dw, case.sample(wide(case.x).T @ wide(case.dy)), 200, "float32")
         again = ck.spmm(case.x, case.blocks, case.index, **case.sizes)
         assert np.array_equal(np.asarray(y), np.asarray(again))
+
+
+def test_a_batch_of_several_rounds_is_summed_over_all_of_them(isa):
+    case = Case(27_000, (160, 16), (1, 1), 0.4, "float32")
+    x, dy, dense = wide(case.x), wide(case.dy), case.dense
+    y = ck.spmm(case.x, case.blocks, case.index, **case.sizes)
+    assert_close(y, x @ dense, 160, "float32")
+    dx, dw = ck.spmm_grads(case.x, case.dy, case.blocks, case.index, **case.sizes)
+    assert_close(dx, dy @ dense.T, 16, "float32")
+    assert_close(dw, case.sample(x.T @ dy), 27_000, "float32")
 
 
 def with_(index, **changes):

@@ -336,6 +336,7 @@ int main(int argc, char** argv) {
           c.check(threads.pool());
           c.check_refusals(threads.pool());
         }
+    Case({Dtype::f32, 27000, 160, 16, 1, 1, 0.4}, random, threads.pool()).check(threads.pool());  // rounds
     check_thread_counts(random);
     std::printf("%s: %d failures\n", name, failures - before);
   }
