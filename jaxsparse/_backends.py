@@ -26,6 +26,8 @@ BACKENDS: dict[str, ModuleType] = {
 # have run on one.
 _PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ()}
 
+_NARROW = ("triton", "interpret")  # those whose kernels read 16-bit indices of single entries as they are
+
 
 def check_name(backend: str | None) -> None:
     """Raises ValueError for a back end that does not exist."""
@@ -59,7 +61,13 @@ def call(op: str, backend: str | None, block: tuple[int, int], /, *operands, **o
         reason = why_not(backend, op, dtype, block)
         if reason is not None:
             raise NotImplementedError(f"backend {backend!r} can't run {op} here: {reason}")
+    if block != (1, 1) or backend not in _NARROW:
+        operands = jax.tree.map(_widened, operands)
     return by_platform(_Product(op, backend, dtype, block, tuple(options.items())), *operands)
+
+
+def _widened(a: jax.Array) -> jax.Array:
+    return a.astype(jax.numpy.int32) if a.dtype == jax.numpy.uint16 else a
 
 
 class _Product(NamedTuple):

@@ -10,12 +10,12 @@ class Lines(NamedTuple):
     """The entries of a matrix line by line, a line being a block column of W, or a block row where W^T is read.
 
     Entry e, of those from ptr[line] to ptr[line + 1], multiplies block `source[e]` of the input by the values
-    at `slot[e]`.
+    at `slot[e]`, or at e where there is no slot.
     """
 
     ptr: jax.Array
     source: jax.Array
-    slot: jax.Array
+    slot: jax.Array | None
 
 
 class Index(NamedTuple):

@@ -64,7 +64,7 @@ def gather(x, blocks, lines: Lines, bias, *, out: int, transposed: bool, activat
 
     operands = (x, blocks, *lines) if bias is None else (x, blocks, *lines, bias)
     grid = (lines.ptr.shape[0] - 1) * parts, pl.cdiv(m, tile_m)
-    return _call(kernel, "gather", (m, out), x.dtype, grid, interpret)(*operands)
+    return call(kernel, "gather", (m, out), x.dtype, grid, interpret)(*operands)
 
 
 def sample(x, dy, entries, block: tuple[int, int], *, precision, interpret: bool):
@@ -96,7 +96,18 @@ def sample(x, dy, entries, block: tuple[int, int], *, precision, interpret: bool
         _store(values_ref, down, across, value=total, at=(slot,))
 
     grid = nnzb, pl.cdiv(i, tile_i) * parts
-    return _call(kernel, "sample", (nnzb, i, o), x.dtype, grid, interpret)(x, dy, *entries)
+    return call(kernel, "sample", (nnzb, i, o), x.dtype, grid, interpret)(x, dy, *entries)
+
+
+def call(kernel, name: str, shape, dtype, grid, interpret: bool, warps: int = 4):
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct(shape, dtype),
+        grid=grid,
+        compiler_params=None if interpret else plt.CompilerParams(num_warps=warps, num_stages=3),
+        interpret=interpret,
+        name=f"jaxsparse_{name}",
+    )
 
 
 def _tile(size: int, most: int) -> int:
@@ -138,15 +149,4 @@ def _window(axes: tuple[Axis, ...]):
 def _dot(a, b, precision):
     return jax.lax.dot_general(
         a, b, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=wide(a.dtype)
-    )
-
-
-def _call(kernel, name: str, shape, dtype, grid, interpret: bool):
-    return pl.pallas_call(
-        kernel,
-        out_shape=jax.ShapeDtypeStruct(shape, dtype),
-        grid=grid,
-        compiler_params=None if interpret else plt.CompilerParams(num_warps=4, num_stages=3),
-        interpret=interpret,
-        name=f"jaxsparse_{name}",
     )
