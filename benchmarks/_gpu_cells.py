@@ -1,10 +1,9 @@
-"""What `gpu.py` times on a GPU: the grid, who competes in a cell, and what the hardware would allow at best."""
+"""What `gpu.py` times on a GPU: the grid, and who competes in a cell."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Callable, Iterator
 
 import jax
@@ -14,7 +13,6 @@ import numpy as np
 from jaxsparse import BlockPattern, block_diag_matmul, spmm
 
 MODES = ("forward", "dX", "dW", "step")
-PEAK, BANDWIDTH = 989e12, 3.35e12  # of an H100 SXM: FLOP/s in half precision, bytes/s of its memory (data sheet)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,24 +26,19 @@ class Cell:
     density: float
     mode: str
     dtype: str = "bfloat16"
+    layers: int = 1  # products in a row, each with weights of its own, so that they come from memory as in a model
 
     @property
     def name(self) -> str:
         size = "x".join(map(str, (self.batch, *self.shape)))
-        return f"{self.family} {size} block {self.block[0]} density {self.density:g} {self.dtype} {self.mode}"
+        layers = f" x{self.layers}" if self.layers > 1 else ""
+        return f"{self.family} {size} block {self.block[0]} density {self.density:g} {self.dtype} {self.mode}{layers}"
 
     @functools.cached_property
     def pattern(self) -> BlockPattern:
         if self.family == "block-diagonal":
             return BlockPattern.block_diagonal(self.shape[0] // self.block[0], self.block)
         return BlockPattern.random(jax.random.key(0), self.shape, density=self.density, block=self.block)
-
-    def predicted_ms(self) -> float:
-        """A prediction, not a measurement: the longer of computing and of moving each array once, on an H100."""
-        stored = self.pattern.nnzb * self.block[0] * self.block[1]
-        products = {"forward": 1, "dX": 1, "dW": 1, "step": 3}[self.mode]
-        moved = 2 * products * (stored + self.batch * sum(self.shape))
-        return 1e3 * max(2 * products * self.batch * stored / PEAK, moved / BANDWIDTH)
 
 
 def grid(toy: bool) -> list[Cell]:
@@ -56,7 +49,8 @@ def _toy() -> Iterator[Cell]:
     for mode in MODES:
         yield Cell("blocks", 32, (64, 64), (16, 16), 0.5, mode, "float32")
         yield Cell("block-diagonal", 32, (64, 64), (32, 32), 0.5, mode, "float32")
-    yield Cell("unstructured", 4, (64, 64), (1, 1), 0.1, "forward", "float32")
+    yield Cell("unstructured", 4, (64, 64), (1, 1), 0.1, "step", "float32")
+    yield Cell("unstructured", 4, (64, 64), (1, 1), 0.1, "forward", "float32", layers=2)
 
 
 def _full() -> Iterator[Cell]:
@@ -75,12 +69,15 @@ def _full() -> Iterator[Cell]:
                             yield cell
     for batch in (256, 2048, 8192):
         yield Cell("unstructured", batch, (4096, 4096), (1, 1), 0.1, "step")
-    for batch in (1, 4, 16):
-        yield Cell("unstructured", batch, (4096, 4096), (1, 1), 0.1, "forward")
+    for density in (0.05, 0.1, 0.25):
+        for batch in (1, 2, 4, 8, 16, 32, 64):
+            yield Cell("unstructured", batch, (4096, 4096), (1, 1), density, "forward", layers=32)
 
 
 def contenders(cell: Cell, backends: list[str]) -> dict[str, Callable[[], object]]:
     """Name to a function that starts one run. The first call of each compiles."""
+    if cell.layers > 1:
+        return _chains(cell, backends)
     rng, dtype = np.random.default_rng(0), jnp.dtype(cell.dtype)
     shapes = ((cell.batch, cell.shape[0]), (cell.batch, cell.shape[1]), cell.pattern.values_shape, cell.shape[1:])
     x, dy, blocks, bias = (jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for shape in shapes)
@@ -98,7 +95,30 @@ def contenders(cell: Cell, backends: list[str]) -> dict[str, Callable[[], object
     found = {name: functools.partial(spmm, pattern=cell.pattern, backend=backend) for name, backend in ours.items()}
     found = {name: _run(f, cell.mode, x, blocks, dy) for name, f in found.items()}
     weight = jnp.asarray(rng.standard_normal(cell.shape, np.float32), dtype)
-    return found | {"dense": _run(jnp.matmul, cell.mode, x, weight, dy)} | _torch_bsr(cell, blocks)
+    return found | {"dense": _run(jnp.matmul, cell.mode, x, weight, dy)}
+
+
+def _chains(cell: Cell, backends: list[str]) -> dict[str, Callable[[], object]]:
+    """The same of several products in a row; where a back end reads indices of 16 bits, with those as well."""
+    rng, dtype, pattern = np.random.default_rng(0), jnp.dtype(cell.dtype), cell.pattern
+    x, values, weight = (
+        jnp.asarray(rng.standard_normal(shape, np.float32) * pattern.fan_in**-0.5, dtype)
+        for shape in ((cell.batch, cell.shape[0]), pattern.values_shape, cell.shape)
+    )
+    narrow = dataclasses.replace(pattern, row_index=pattern.row_index.astype(jnp.uint16))
+
+    def chain(product, *weights):
+        layers = [jax.tree.map(jnp.copy, weights) for _ in range(cell.layers)]
+        run = jax.jit(lambda x, layers: functools.reduce(lambda x, weights: product(x, *weights), layers, x))
+        return functools.partial(run, x, layers)
+
+    found = {"dense": chain(jnp.matmul, weight)}
+    for backend in [*backends, "xla", None]:
+        product = functools.partial(spmm, backend=backend)
+        found[f"ours ({backend or 'chosen'})"] = chain(product, values, pattern)
+        if backend in ("triton", "interpret"):
+            found[f"ours ({backend}, 16-bit indices)"] = chain(product, values, narrow)
+    return found
 
 
 def _diagonal(x, w, bias, backend):
@@ -124,25 +144,3 @@ def _run(f, mode: str, x, weight, dy) -> Callable[[], object]:
         return {"forward": y, "dX": dx, "dW": dw, "step": (y, dx, weight - jnp.asarray(1e-3, dw.dtype) * dw)}[mode]
 
     return functools.partial(jax.jit(measured), x, weight, dy)
-
-
-def _torch_bsr(cell: Cell, blocks) -> dict[str, Callable[[], object]]:
-    """PyTorch's product of a block-sparse matrix, where that machine has it: forward only, as it has no gradient."""
-    if cell.family != "blocks" or cell.mode != "forward" or importlib.util.find_spec("torch") is None:
-        return {}
-    import torch
-
-    if not torch.cuda.is_available():
-        return {}
-    p = cell.pattern.T  # BSR stores by row of torch's weight [out, in], which is a column of ours
-    values = torch.tensor(np.asarray(blocks, np.float32)).to("cuda", torch.bfloat16).mT.contiguous()
-    bounds, at = (torch.tensor(np.asarray(a)).cuda() for a in (p.col_ptr, p.row_index))
-    weight = torch.sparse_bsr_tensor(bounds, at, values, size=cell.shape[::-1])
-    x = torch.randn(cell.batch, cell.shape[0], device="cuda", dtype=torch.bfloat16)
-
-    def run():
-        y = torch.nn.functional.linear(x, weight)
-        torch.cuda.synchronize()
-        return y
-
-    return {"torch BSR": run}

@@ -13,6 +13,7 @@ with the interpreted kernels; its timings mean nothing.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import functools
 import json
@@ -30,8 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import _annotations, _gpu_cells  # noqa: F401  the first before anything that needs it
-from jaxsparse import BlockPattern, _backends, spmm, testing
+from benchmarks import _annotations, _gpu_cells, _gpu_limits, _gpu_torch  # noqa: F401  before what needs them
+from jaxsparse import BlockPattern, _backends, block_diag_matmul, spmm, testing
 from pallas_kernels._device import describe
 from pallas_kernels._lines import lines_of
 from pallas_kernels.mosaic import configs
@@ -43,6 +44,8 @@ Step = tuple[str, Callable[[], object]]
 
 def main() -> None:
     args = _arguments()
+    if args.predict:
+        return _predict()
     out = Path(args.out)
     run = json.loads(out.read_text()) if out.exists() else {"steps": {}}
     run |= {"machine": _machine(), "dry_run": args.dry_run}
@@ -68,6 +71,7 @@ def main() -> None:
 def _arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dry-run", action="store_true", help="toy sizes and interpreted kernels, on any machine")
+    parser.add_argument("--predict", action="store_true", help="prints what an H100 allows at best, and runs nothing")
     parser.add_argument("--only", choices=STEPS, help="one kind of step")
     parser.add_argument("--minutes", type=float, default=9, help="no step begins later than this")
     parser.add_argument("--out", default=ROOT / "benchmarks" / "results" / "gpu.json")
@@ -83,28 +87,35 @@ def _backends_here(args, dtype: str, block) -> list[str]:
 
 
 def _checks(args) -> Iterator[Step]:
-    blocks = (16, 32) if args.dry_run else (16, 32, 64, 128)
+    blocks = (1, 16) if args.dry_run else (1, 16, 32, 64, 128)
     dtypes = ("float32",) if args.dry_run else ("bfloat16", "float16", "float32")
     for block in blocks:
         for dtype in dtypes:
             for backend in _backends_here(args, dtype, (block, block)):
-                for m in (1, 33) if args.dry_run else (1, 100, 1000):
-                    name = f"check {backend} block {block} {dtype} batch {m}"
-                    yield name, functools.partial(_check, backend, block, dtype, m)
+                for m in (33,) if args.dry_run else (1, 100, 1000):
+                    for kind in ("int32", "uint16") if block == 1 else ("random", "block-diagonal"):
+                        name = f"check {backend} block {block} {kind} {dtype} batch {m}"
+                        yield name, functools.partial(_check, backend, block, dtype, m, kind)
 
 
-def _check(backend: str, block: int, dtype: str, m: int) -> dict:
+def _check(backend: str, block: int, dtype: str, m: int, kind: str = "random") -> dict:
     """The error of y and of all gradients as `testing` judges it, or what is wrong."""
-    shape = (5 * block - 3, 7 * block - 5)
-    pattern = BlockPattern.random(jax.random.key(m), shape, density=0.4, block=block)
+    if kind == "block-diagonal":
+        pattern = BlockPattern.block_diagonal(3, (block, 2 * block))
+        product = functools.partial(block_diag_matmul, backend=backend)
+    else:
+        pattern = _pattern(block, m, kind)
+        product = lambda x, w, b, **how: spmm(x, w, pattern, b, backend=backend, **how)  # noqa: E731
     x, blocks, bias, dy = testing.inputs(testing.Case("", lambda: pattern, (m,)), pattern, jnp.dtype(dtype))
-    f = jax.jit(lambda *a: testing.value_and_gradients(lambda x, w, b: spmm(x, w, pattern, b, backend=backend), *a))
+    f = jax.jit(lambda *a: testing.value_and_gradients(product, *a) | {"gelu": product(*a[:3], activation="gelu")})
     precise = "highest" if dtype == "float32" else None
     with jax.default_matmul_precision(precise):
         truth = testing.true_products(x, blocks, bias, dy, pattern)
         dense = testing.dense_products(x, blocks, bias, dy, pattern)
+        truth["gelu"] = jax.nn.gelu(truth["y"].astype(np.float32))
+        dense["gelu"] = jax.nn.gelu(dense["y"].astype(np.float32)).astype(dtype)
         f(x, blocks, bias, dy)
-        _poison(4 * (m * sum(shape) + blocks.size))
+        _poison(4 * (m * sum(pattern.shape) + blocks.size))
         try:
             got = f(x, blocks, bias, dy)
             for name, true in truth.items():
@@ -112,6 +123,14 @@ def _check(backend: str, block: int, dtype: str, m: int) -> dict:
         except Exception as wrong:
             return {"error": f"{type(wrong).__name__}: {wrong}"}
     return {"ok": True}
+
+
+def _pattern(block: int, m: int, kind: str) -> BlockPattern:
+    """Blocks at random, which reach beyond the matrix; or single entries, whose indices have the dtype `kind`."""
+    if block > 1:
+        return BlockPattern.random(jax.random.key(m), (5 * block - 3, 7 * block - 5), density=0.4, block=block)
+    entries = next(case.pattern for case in testing.CASES if case.name == "empty rows and columns, unstructured")
+    return dataclasses.replace(entries, row_index=entries.row_index.astype(kind))
 
 
 def _poison(size: int) -> None:
@@ -132,9 +151,7 @@ def _sanitize(tool: str, dry_run: bool) -> dict:
     """What compute-sanitizer finds in the checks of the smallest batch."""
     if dry_run or not shutil.which("compute-sanitizer"):
         return {"skipped": "a dry run" if dry_run else "compute-sanitizer is not on the PATH"}
-    code = (
-        "import benchmarks.gpu as g; [g._check(b, n, 'bfloat16', 33) for b in ('mosaic', 'triton') for n in (32, 64)]"
-    )
+    code = "import benchmarks.gpu as g; g._small_checks()"
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     try:
@@ -142,6 +159,15 @@ def _sanitize(tool: str, dry_run: bool) -> dict:
     except subprocess.TimeoutExpired:
         return {"skipped": "took longer than 500 s"}
     return {"ok": True} if done.returncode == 0 else {"error": (done.stdout + done.stderr)[-3000:]}
+
+
+def _small_checks() -> None:
+    """One of every kernel that runs here; raises for a wrong result."""
+    cases = [(name, block, "random") for name in ("mosaic", "triton") for block in (32, 64)]
+    for backend, block, kind in [*cases, ("mosaic", 64, "block-diagonal"), ("triton", 1, "uint16")]:
+        if _backends.why_not(backend, "spmm", "bfloat16", (block, block)) is None:
+            result = _check(backend, block, "bfloat16", 33, kind)
+            assert "ok" in result, result["error"]
 
 
 # ---- tune -------------------------------------------------------------------------------------------
@@ -197,15 +223,16 @@ def _timings(args) -> Iterator[Step]:
 
 
 def _time(cell: _gpu_cells.Cell, backends: list[str]) -> dict:
-    """Milliseconds of every contender that runs, why the others don't, and the predicted limit of an H100."""
+    """Milliseconds that each contender takes for a layer, why others don't run, and what an H100 allows at best."""
     ready, notes = {}, {}
-    for name, run in _gpu_cells.contenders(cell, backends).items():
+    for name, run in (_gpu_cells.contenders(cell, backends) | _gpu_torch.contenders(cell)).items():
         try:
             jax.block_until_ready(run())
             ready[name] = run
         except Exception as refused:
             notes[name] = f"{type(refused).__name__}: {str(refused)[:300]}"
-    return {"ms": _median_ms(ready), "notes": notes, "predicted_limit_ms": cell.predicted_ms()}
+    ms = {name: ms / cell.layers for name, ms in _median_ms(ready).items()}
+    return {"ms": ms, "notes": notes, "predicted_limit_ms": _gpu_limits.predicted_ms(cell)}
 
 
 def _median_ms(runs: dict[str, Callable[[], object]], rounds: int = 9) -> dict[str, float]:
@@ -248,6 +275,13 @@ def _write(path: Path, content: dict) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1) + "\n")
     part.replace(path)
+
+
+def _predict() -> None:
+    for cell in _gpu_cells.grid(toy=False):
+        print(
+            cell.name, *(f"{name} {1e3 * ms:.4g} us" for name, ms in _gpu_limits.predicted_ms(cell).items()), sep=", "
+        )
 
 
 def _short(result) -> str:
