@@ -107,18 +107,20 @@ def _chains(cell: Cell, backends: list[str]) -> dict[str, Callable[[], object]]:
     )
     narrow = dataclasses.replace(pattern, row_index=pattern.row_index.astype(jnp.uint16))
 
-    def chain(product, *weights):
-        layers = [jax.tree.map(jnp.copy, weights) for _ in range(cell.layers)]
-        run = jax.jit(lambda x, layers: functools.reduce(lambda x, weights: product(x, *weights), layers, x))
-        return functools.partial(run, x, layers)
-
-    found = {"dense": chain(jnp.matmul, weight)}
+    found = {"dense": chain(cell.layers, x, jnp.matmul, weight)}
     for backend in [*backends, "xla", None]:
         product = functools.partial(spmm, backend=backend)
-        found[f"ours ({backend or 'chosen'})"] = chain(product, values, pattern)
+        found[f"ours ({backend or 'chosen'})"] = chain(cell.layers, x, product, values, pattern)
         if backend in ("triton", "interpret"):
-            found[f"ours ({backend}, 16-bit indices)"] = chain(product, values, narrow)
+            found[f"ours ({backend}, 16-bit indices)"] = chain(cell.layers, x, product, values, narrow)
     return found
+
+
+def chain(count: int, x, product, *weights) -> Callable[[], object]:
+    """Starts `count` products in a row, each with its own copy of the weights."""
+    layers = [jax.tree.map(jnp.copy, weights) for _ in range(count)]
+    run = jax.jit(lambda x, layers: functools.reduce(lambda x, weights: product(x, *weights), layers, x))
+    return functools.partial(run, x, layers)
 
 
 def _diagonal(x, w, bias, backend):

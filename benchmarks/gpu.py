@@ -3,7 +3,7 @@
 Needs no install and no network: JAX, Flax, Optax and NumPy on Python 3.12 are enough. In this order, it
   check     compares every kernel with the oracle, the memory of its result poisoned with NaN beforehand;
   sanitize  runs the small ones under compute-sanitizer, where that is installed;
-  tune      times the configurations worth trying and writes the best to pallas_kernels/mosaic/measured.json;
+  tune      times the configurations worth trying and writes Mosaic's best to pallas_kernels/mosaic/measured.json;
   time      times the grid of workloads against dense, XLA's own products and PyTorch's block-sparse ones.
 Each step's result is written to --out as soon as there is one, and a step that has one is not run again: a run
 that was stopped, or used up its --minutes, goes on where it ended. --dry-run rehearses at toy sizes on any machine,
@@ -174,6 +174,10 @@ def _small_checks() -> None:
 
 
 def _tunings(args) -> Iterator[Step]:
+    if _backends_here(args, "bfloat16", (1, 1)):
+        size, layers = (64, 2) if args.dry_run else (4096, 32)
+        for m in (4,) if args.dry_run else (1, 4, 16):
+            yield f"tune entries batch {m}", functools.partial(_tune_entries, m, size, layers)
     if not args.dry_run and _backends.why_not("mosaic", "spmm", "bfloat16", (64, 64)):
         return
     blocks, batches, size = ((64,), (64,), 256) if args.dry_run else ((128, 64, 32, 16), (128, 1024, 8192), 4096)
@@ -212,6 +216,23 @@ def _tune(kernel: str, block: int, m: int, size: int, dry_run: bool) -> dict:
     table.setdefault(device.kind, {})[configs.key(kernel, m, block, block)] = json.loads(best)
     _write(configs.MEASURED, table)
     return {"ms": times, "best": best}
+
+
+def _tune_entries(m: int, size: int, layers: int) -> dict:
+    """Times tiles of single entries at density 0.1; what is best at most batches belongs into `entries.NUMBERS`."""
+    from pallas_kernels.triton import entries
+
+    pattern, interpret = BlockPattern.random(jax.random.key(0), (size, size), density=0.1), not describe().kind
+    lines = lines_of(pattern.index, False)._replace(slot=None)
+    x, values = testing.normal(0, (m, size), jnp.bfloat16), testing.normal(1, pattern.values_shape, jnp.bfloat16)
+    values /= pattern.fan_in**0.5
+    how = {"bias": None, "activation": None, "interpret": interpret}
+    runs = {
+        str(n): _gpu_cells.chain(layers, x, functools.partial(entries.gather, **how, numbers=n), values, lines)
+        for n in (512, 1024, 2048, 4096)
+    }
+    times = {n: ms / layers for n, ms in _median_ms(runs).items()}
+    return {"ms": times, "best": min(times, key=times.__getitem__)}
 
 
 # ---- time -------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class Tile(NamedTuple):
         return min(4, max(1, self.lines * self.entries * self.batch // 512))
 
 
-def gather(x, values, of: Lines, bias, *, activation, interpret: bool):
+def gather(x, values, of: Lines, bias, *, activation, interpret: bool, numbers: int = NUMBERS):
     """y[:, line] = activation(sum over the entries e of the line  x[:, source[e]] * values[slot[e]]  +  bias[line]).
 
     Args:
@@ -41,11 +41,12 @@ def gather(x, values, of: Lines, bias, *, activation, interpret: bool):
       of: the entries of every output; without a slot, entry e has values[e] and values are read in sequence. With
         one, every value costs a sector of 32 bytes.
       bias: [out] or None.
+      numbers: how many a program holds at once.
     Returns:
       [m, out] in the dtype of `x`. float32 is multiplied as float32, never as tf32.
     """
     m, out = x.shape[0], of.ptr.shape[0] - 1
-    tile = choose_tile(m, x.shape[1], out, of.source.shape[0], x.dtype.itemsize)
+    tile = choose_tile(m, x.shape[1], out, of.source.shape[0], x.dtype.itemsize, numbers)
 
     def kernel(x_ref, values_ref, of, bias_ref, y_ref):
         line, first, last = _bounds(of.ptr, tile.lines)
@@ -104,13 +105,13 @@ def sample(x, dy, of: Lines, *, interpret: bool):
     return run(_batch_last(x, tile.batch), _batch_last(dy, tile.batch), of)
 
 
-def choose_tile(m: int, features: int, lines: int, nnz: int, itemsize: int) -> Tile:
+def choose_tile(m: int, features: int, lines: int, nnz: int, itemsize: int, numbers: int = NUMBERS) -> Tile:
     """The whole batch, or what of it stays cached; about a line of entries; several lines where those are short."""
     batch, cached = min(64, pl.next_power_of_2(m)), CACHED // (features * itemsize)
     if batch > cached >= SECTOR // itemsize // 2:  # with less, too much of what is gathered would be read in vain
         batch = 1 << (cached.bit_length() - 1)
-    entries = min(NUMBERS // batch, pl.next_power_of_2(pl.cdiv(nnz, lines)))
-    return Tile(min(8, NUMBERS // batch // entries), entries, batch)
+    entries = min(numbers // batch, pl.next_power_of_2(pl.cdiv(nnz, lines)))
+    return Tile(min(8, numbers // batch // entries), entries, batch)
 
 
 def _batch_last(x, batch: int):
