@@ -61,4 +61,5 @@ def test_a_wrong_kernel_fails_the_run(monkeypatch):
 
     spmm = interpret.spmm
     monkeypatch.setattr(interpret, "spmm", lambda *a, **how: spmm(*a, **how).at[0, 0].add(1))
-    assert "AssertionError" in gpu._check("interpret", 16, "float32", 3)["error"]
+    result = gpu._result(lambda: gpu._check("interpret", 16, "float32", 3))
+    assert gpu._failed(result) and "AssertionError: y is off by" in result["error"]
