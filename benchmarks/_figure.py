@@ -34,7 +34,7 @@ def draw(run: dict, path: Path) -> Path:
     with plt.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": QUIET}):
         figure = plt.figure(figsize=(16, 15.5), facecolor=PAPER)
         grid = figure.add_gridspec(
-            2, 1, height_ratios=(1.35, 1), left=0.2, right=0.985, top=0.89, bottom=0.05, hspace=0.16
+            2, 1, height_ratios=(1.35, 1), left=0.29, right=0.95, top=0.89, bottom=0.05, hspace=0.16
         )
         figure.text(0.02, 0.965, "Sparse layers on a CPU, against what else one could pick", fontsize=21, weight="bold")
         versions = ", ".join(f"{n} {v}" for n, v in machine["versions"].items() if n in ("jax", "torch", "sparselab"))
@@ -49,12 +49,12 @@ def draw(run: dict, path: Path) -> Path:
         lower = figure.add_gridspec(
             2,
             3,
-            width_ratios=(1, 1.75, 1.75),
-            left=0.075,
+            width_ratios=(1.1, 1.7, 1.7),
+            left=0.06,
             right=0.985,
             top=0.385,
             bottom=0.04,
-            wspace=0.17,
+            wspace=0.2,
             hspace=0.42,
         )
         for row, mode in enumerate(("training", "forward")):
@@ -85,14 +85,8 @@ def _draw_dots(axes, run: dict, ours: str) -> None:
                 axes.plot(speeds[name], y, marker, color=color, markersize=6.5, markeredgecolor=PAPER, zorder=2)
         if ours in speeds:
             axes.plot(speeds[ours], y, "o", color=OURS, markersize=12, markeredgecolor=PAPER, zorder=3)
-            axes.annotate(
-                f"{speeds[ours]:.1f}x",
-                (speeds[ours], y),
-                (10, -4),
-                textcoords="offset points",
-                color=OURS,
-                weight="bold",
-            )
+            beside = axes.get_yaxis_transform()  # in a column of their own, where no marker is
+            axes.text(1.01, y, f"{speeds[ours]:.1f}x", color=OURS, weight="bold", va="center", transform=beside)
         _draw_goals(axes, y, _goal_of(run, cell))
     axes.axvline(1, color=INK, linewidth=1)
     axes.set_yticks(range(len(cells)), [f"{_prefix(cell)}{cell['label']}" for cell in cells])
@@ -107,7 +101,7 @@ def _draw_dots(axes, run: dict, ours: str) -> None:
     handles.append(
         plt.Line2D([], [], marker="|", color=INK, linestyle="", markersize=10, label="target: at least, aim")
     )
-    axes.legend(handles=handles, ncols=len(handles), frameon=False, loc="lower left", bbox_to_anchor=(-0.2, 1.0),
+    axes.legend(handles=handles, ncols=len(handles), frameon=False, loc="lower left", bbox_to_anchor=(-0.41, 1.0),
                 columnspacing=1.2, handletextpad=0.2)  # fmt: skip
 
 
@@ -120,7 +114,9 @@ def _goal_of(run: dict, cell: dict) -> dict:
 def _draw_goals(axes, y: int, goals: dict) -> None:
     for name in ("at_least", "aim"):
         if goals.get(name):
-            axes.plot([goals[name]] * 2, [y - 0.3, y + 0.3], color=INK, linewidth=1.6 if name == "at_least" else 0.8)
+            axes.plot(
+                [goals[name]] * 2, [y - 0.3, y + 0.3], color=INK, linewidth=1.6 if name == "at_least" else 0.8, zorder=1
+            )
 
 
 def _prefix(cell: dict) -> str:
@@ -130,7 +126,7 @@ def _prefix(cell: dict) -> str:
 def _draw_blocks(axes, run: dict, mode: str) -> None:
     """Useful FLOP rate as a percentage of the dense product's."""
     cells = [c for c in run["cells"] if c["family"] == "blocks" and c["mode"] == mode]
-    title = f"Blocks, {mode}: useful FLOP rate,\n% of the dense product's"
+    title = f"Blocks, {mode}: FLOP rate,\n% of the dense product's"
     table = {(c["block"][0], c["density"]): _ratio_of(run, c) for c in cells}
     _heat(
         axes,

@@ -1,10 +1,11 @@
 """What a call from torch into JAX costs on this CPU, beside torch and other bridges: python benchmarks/bridge.py.
 
 Two workloads, forward and backward with a given upstream gradient: a 32x32 layer on a batch of 8, where there is
-nothing but overhead, and an MLP of four 1024-wide layers on a batch of 64. All contenders of a workload take turns in
-one process (`_measure.py`). There are two such processes, as JAX decides at its start whether it computes on a thread
-of its own (its default) or in the thread that waits for it. A contender that fails, or is wrong, is listed with the
-reason.
+nothing but overhead, and an MLP of four 1024-wide layers on a batch of 64. "The least bridge" is the least code that
+calls JAX from an autograd.Function: what it costs beyond torch's own is JAX's. All contenders of a workload take turns
+in one process (`_measure.py`). There are two such processes, as JAX decides at its start whether it computes on a
+thread of its own (its default) or in the thread that waits for it. A contender that fails, or is wrong, is listed with
+the reason.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch_bridge import BlockDiagLinear, from_flax, jax2torch
 
 PACKAGES = ("jax", "torch", "flax", "jax2torch", "torch-jax-interop")
 FUNCTION = "torch autograd.Function"
+LEAST = "the least bridge"
 SETTING = "JAX_CPU_ENABLE_ASYNC_DISPATCH"
 
 
@@ -105,6 +107,7 @@ def _layer() -> tuple[dict, np.ndarray]:
     builders = {
         FUNCTION: lambda: function(lambda: _Affine.apply),
         "torch Linear": lambda: transposed(module(lambda: torch.nn.Linear(32, 32))),
+        LEAST: lambda: function(lambda: _least_bridge(affine)),
         "ours: jax2torch": lambda: function(lambda: jax2torch(affine)),
         "ours: from_flax": lambda: module(lambda: from_flax(linen.Dense(32), {"params": arrays})),
         "ours: BlockDiagLinear": lambda: module(lambda: BlockDiagLinear(32, 32, 1)),
@@ -155,6 +158,25 @@ class _Affine(torch.autograd.Function):
     def backward(ctx, dy):
         x, _ = ctx.saved_tensors
         return None, x.T @ dy, dy.sum(0)
+
+
+def _least_bridge(fn):
+    """What any bridge pays: a jitted function and its jitted pullback in an autograd.Function, with nothing checked."""
+    forward = jax.jit(fn)
+    pullback = jax.jit(lambda x, w, b, dy: jax.vjp(lambda w, b: fn(x, w, b), w, b)[1](dy))
+
+    class Least(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, w, b):
+            ctx.save_for_backward(x, w, b)
+            return torch.from_dlpack(forward(x.numpy(), w.numpy(), b.numpy()).__dlpack__())
+
+        @staticmethod
+        def backward(ctx, dy):
+            gradients = pullback(*[t.detach().numpy() for t in (*ctx.saved_tensors, dy)])
+            return None, *[torch.from_dlpack(g.__dlpack__()) for g in gradients]
+
+    return Least.apply
 
 
 def _step(forward, parameters: list, cotangent: torch.Tensor) -> torch.Tensor:
