@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "kernels.h"
-#include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -93,12 +92,6 @@ Lines lines_of(Needs& needs, Indices& ptr, Indices& index, Indices& order, int64
           order.element_count() ? order.typed_data() : nullptr};
 }
 
-// Where a result goes.
-void* target(ffi::AnyBuffer& result) {
-  expect_writes(result.untyped_data(), result.size_bytes());
-  return result.untyped_data();
-}
-
 int64_t slices(int64_t size, int64_t block) { return block > 0 ? (size + block - 1) / block : 0; }
 
 ffi::Error Spmm(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer values, Indices ptr,
@@ -126,7 +119,7 @@ ffi::Error Spmm(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer values
   p.x = x.untyped_data();
   p.values = values.untyped_data();
   p.bias = biased ? bias.untyped_data() : nullptr;
-  p.y = target(*y);
+  p.y = y->untyped_data();
   return result("spmm", spmm(p, pool_of(threads)));
 }
 
@@ -149,7 +142,7 @@ ffi::Error Sddmm(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy, I
   if (!needs.wrong.empty()) return result("sddmm", needs.wrong);
   p.x = x.untyped_data();
   p.dy = dy.untyped_data();
-  p.values = target(*values);
+  p.values = values->untyped_data();
   return result("sddmm", sddmm(p, pool_of(threads)));
 }
 
@@ -173,8 +166,8 @@ ffi::Error SpmmGrads(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer d
   p.x = x.untyped_data();
   p.dy = dy.untyped_data();
   p.values = values.untyped_data();
-  p.dx = target(*dx);
-  p.dvalues = target(*dvalues);
+  p.dx = dx->untyped_data();
+  p.dvalues = dvalues->untyped_data();
   return result("spmm_grads", spmm_grads(p, pool_of(threads)));
 }
 
@@ -216,7 +209,7 @@ ffi::Error BlockDiagMatmul(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBu
   p.x = x.untyped_data();
   p.values = values.untyped_data();
   p.bias = biased ? bias.untyped_data() : nullptr;
-  p.y = target(*y);
+  p.y = y->untyped_data();
   return result("block_diag_matmul", spmm(p, pool_of(threads)));
 }
 
@@ -241,7 +234,7 @@ ffi::Error BlockDiagOuter(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuf
   p.lines = diagonal.lines();
   p.x = x.untyped_data();
   p.dy = dy.untyped_data();
-  p.values = target(*values);
+  p.values = values->untyped_data();
   return result("block_diag_outer", sddmm(p, pool_of(threads)));
 }
 

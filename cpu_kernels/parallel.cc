@@ -116,7 +116,6 @@ namespace {
 constexpr int kKept = 8;
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kKeptBytes = size_t{64} << 20;
-constexpr size_t kLargeResult = size_t{8} << 20;
 
 // The size of a buffer stands in the 64 bytes before it.
 struct Shelf {
@@ -187,18 +186,6 @@ void give_scratch(void* scratch) {
     }
   }
   if (drop) free_scratch(drop);
-}
-
-void expect_writes(void* result, size_t bytes) {
-#if defined(__linux__)
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(result), end = begin + bytes;
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = end / kHugePage * kHugePage;
-  if (bytes >= kLargeResult && first < last)
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // refused: no harm
-#else
-  (void)result, (void)bytes;
-#endif
 }
 
 }  // namespace jaxsparse_cpu

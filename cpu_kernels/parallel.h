@@ -28,8 +28,4 @@ int workers_for(const Pool& pool, double fmas);
 void* take_scratch(size_t bytes);
 void give_scratch(void*);
 
-// Asks for huge pages under a result of several megabytes: it often lies in pages that are new in
-// every call, and with small ones their clearing costs as much as many a product.
-void expect_writes(void* result, size_t bytes);
-
 }  // namespace jaxsparse_cpu
