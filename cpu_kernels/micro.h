@@ -34,8 +34,9 @@ void pack_rows(const S* x, int64_t width, int64_t first, int64_t last, Sum<S>* t
 template <class S>
 Rows<Sum<S>> rows_of(const S* x, int64_t width, const Sum<S>* copy, int64_t stride) {
   if constexpr (sizeof(S) == sizeof(Sum<S>))
-    if (!stride) return {x, width};
-  return {copy, stride};
+    return {x, width};
+  else
+    return {copy, stride};
 }
 
 template <int R_>

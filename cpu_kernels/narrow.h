@@ -62,20 +62,20 @@ bool tiled_spmm(const Product& p, const Pool& pool) {
   const int64_t slabs = workers == 1 ? 1 : ceil_div(p.in, 64);
   const int64_t parts = workers == 1 ? 1 : ceil_div(lines.lines * p.width, kColumnsPerTask);
   const int64_t own = ceil_div(kMost * kVectorBytes * p.width + 4, 64) * 64 * lines.lines;
-  const int64_t round = batch.per_round(sizeof(A) * p.in);
-  Scratch packed(sizeof(A) * batch.row(least(round, batch.count)) * p.in), sums(own * workers);
+  const int64_t step = batch.per_round(sizeof(A) * p.in), rows = batch.row(least(step, batch.count));
+  Scratch packed(sizeof(A) * rows * p.in), sums(own * workers);
   if (!packed.data() || !sums.data()) return false;
   A* tiles = reinterpret_cast<A*>(packed.data());
   Flag wrong;
-  int64_t first_tile = 0;
-  const auto packed_at = [&](int64_t row) { return tiles + (row - batch.row(first_tile)) * p.in; };
+  Round round{0, 0, 0};
+  const auto packed_at = [&](int64_t row) { return tiles + (row - round.begin) * p.in; };
   const auto pack = [&](int64_t task, int) {
     const int64_t s = task % slabs;
-    batch.visit(first_tile + task / slabs, [&](auto tile, int64_t row) {
+    batch.visit(round.first + task / slabs, [&](auto tile, int64_t row) {
       pack_tile<tile.L, tile.NV>(x, p.m, p.in, row, slab_begin(p.in, s, slabs),
                                  slab_begin(p.in, s + 1, slabs), packed_at(row));
     });
-    if (first_tile == 0 && task < slabs &&
+    if (round.first == 0 && task < slabs &&
         !in_range(lines, line_of_part(lines, s, slabs), line_of_part(lines, s + 1, slabs)))
       wrong.raise();
   };
@@ -84,7 +84,7 @@ bool tiled_spmm(const Product& p, const Pool& pool) {
     const int64_t first = line_of_part(lines, task % parts, parts);
     const int64_t last = line_of_part(lines, task % parts + 1, parts);
     A* sum = reinterpret_cast<A*>(sums.data() + own * worker);
-    batch.visit(first_tile + task / parts, [&](auto tile, int64_t row) {
+    batch.visit(round.first + task / parts, [&](auto tile, int64_t row) {
       constexpr int L = tile.L, NV = tile.NV, T = tile.T;
       int32_t* cursors = reinterpret_cast<int32_t*>(sum + (last - first) * p.width * T);
       const Part<S> part{p, first, last, packed_at(row), sum, cursors};
@@ -99,11 +99,13 @@ bool tiled_spmm(const Product& p, const Pool& pool) {
                            static_cast<S*>(p.y));
     });
   };
-  for (; first_tile < batch.count && !wrong.up(); first_tile += round) {
-    const int64_t count = least(round, batch.count - first_tile);
+  batch.in_rounds(step, [&](const Round& next) {
+    round = next;
+    const int64_t count = round.last - round.first;
     const Phase phases[] = {phase(count * slabs, pack), phase(count * parts, multiply)};
     run_phases(pool, workers, phases, 2);
-  }
+    return !wrong.up();
+  });
   return !wrong.up();
 }
 

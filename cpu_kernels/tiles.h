@@ -149,6 +149,11 @@ ALWAYS_INLINE void with_tile(int64_t rows, F f) {
 // Bytes of packed tiles at a time: what many cores share as their last cache.
 constexpr int64_t kRoundBytes = 16 << 20;
 
+// Tiles [first, last), of which the first begins at row `begin`.
+struct Round {
+  int64_t first, last, begin;
+};
+
 // The batch cut into tiles, which are packed and used in rounds. Tile t begins at row `row(t)`.
 template <class A, int kMost>
 struct Batch {
@@ -173,6 +178,16 @@ struct Batch {
   // How many tiles are packed in one round, where a batch row takes `bytes`.
   int64_t per_round(int64_t bytes) const {
     return most<int64_t>(1, kRoundBytes / most<int64_t>(1, bytes * kMost * kLanes<A>));
+  }
+  // Calls f(round) for `step` tiles after the other, once for an empty batch, until it is false.
+  template <class F>
+  void in_rounds(int64_t step, F f) const {
+    int64_t first = 0;
+    do {
+      const int64_t last = least(first + step, count);
+      if (!f(Round{first, last, row(first)})) return;
+      first = last;
+    } while (first < count);
   }
   // f(tile type, first row)
   template <class F>

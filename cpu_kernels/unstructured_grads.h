@@ -117,11 +117,6 @@ struct Grads {
   S *dvalues, *dx;
 };
 
-// Tiles [first, last), of which the first begins at row `begin`.
-struct Round {
-  int64_t first, last, begin;
-};
-
 // Everything a chunk of lines needs, tile after tile: the sum over the batch has one order.
 template <class S, bool kBoth>
 void pass_chunk(const Grads<S>& g, const Batch<Sum<S>, kGradVectors>& batch, const Round& round,
@@ -204,15 +199,14 @@ bool unstructured_outer(const Grads<S>& g, const Pool& pool) {
                          line_of_part(lines, part + 1, parts), pass, own_tiles, other_tiles,
                          reinterpret_cast<A*>(sums.data() + own_scratch * worker));
   };
-  do {  // once for an empty batch, too
-    round.last = least(round.first + step, batch.count);
-    round.begin = batch.row(round.first);
+  batch.in_rounds(step, [&](const Round& next) {
+    round = next;
     const int64_t checks = round.first == 0 ? slabs : 0;
     const Phase phases[] = {phase((round.last - round.first) * slabs + checks, pack),
                             phase(parts, multiply)};
     run_phases(pool, workers, phases, 2);
-    round.first = round.last;
-  } while (round.first < batch.count && !wrong.up());
+    return !wrong.up();
+  });
   return !wrong.up();
 }
 
