@@ -36,6 +36,23 @@ class Pipeline:
         """Says that this warpgroup has read the stage of this step."""
         plgpu.barrier_arrive(self.freed.at[jax.lax.rem(done, jnp.int32(self.stages))])
 
+    def sum(self, shape: tuple[int, int], multiply: Callable, steps, done, *, in_flight: int):
+        """The float32 sum of what `multiply(accumulator, stage)` issues in each step, `in_flight` products a step."""
+
+        def scoped(acc):
+            def step(s, done):
+                multiply(acc, self.wait_until_loaded(done))
+                plgpu.wgmma_wait(in_flight)  # the products of the step before are done: its stage is free
+                pl.when(s > 0)(lambda: self.free(done - 1))
+                return done + 1
+
+            after = jax.lax.fori_loop(0, steps, step, done)
+            plgpu.wgmma_wait(0)
+            pl.when(steps > 0)(lambda: self.free(after - 1))
+            return acc[...]
+
+        return pl.run_scoped(scoped, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+
     def drain(self, done):
         """Waits for the last stages: a program of a cluster must not end while others free what it loaded."""
         for k in range(self.stages):

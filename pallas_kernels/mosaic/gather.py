@@ -79,24 +79,12 @@ def gather(x, blocks, lines: Lines, bias, config: Gather, device: Device, *, tra
             row, line, part, _, steps = place(item)
             mine = jax.lax.axis_index("wg") * c.tile_m
 
-            def product(acc):
-                def step(s, done):
-                    stage = pipeline.wait_until_loaded(done)
-                    for j in range(c.stack):
-                        w = ws.at[stage, j]
-                        plgpu.wgmma(
-                            acc, xs.at[stage, j, pl.ds(mine, c.tile_m)], w.transpose((1, 0)) if transposed else w
-                        )
-                    plgpu.wgmma_wait(c.stack)  # the products of the step before are done: its stage is free
-                    pl.when(s > 0)(lambda: pipeline.free(done - 1))
-                    return done + 1
+            def multiply_stack(acc, stage):
+                for j in range(c.stack):
+                    w = ws.at[stage, j]
+                    plgpu.wgmma(acc, xs.at[stage, j, pl.ds(mine, c.tile_m)], w.transpose((1, 0)) if transposed else w)
 
-                after = jax.lax.fori_loop(0, steps, step, done)
-                plgpu.wgmma_wait(0)
-                pl.when(steps > 0)(lambda: pipeline.free(after - 1))
-                return acc[...]
-
-            total = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((c.tile_m, c.tile_n), jnp.float32))
+            total = pipeline.sum((c.tile_m, c.tile_n), multiply_stack, steps, done, in_flight=c.stack)
             column = line * width + part * c.tile_n
             if bias_ref:
                 source, layout = bias_ref[0].at[pl.ds(column, c.tile_n)], plgpu.Layout.WGMMA.reduce(0)

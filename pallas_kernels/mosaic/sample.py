@@ -73,20 +73,10 @@ def sample(x, dy, index: Any, block: tuple[int, int], config: Sample, device: De
             row, part, first, pieces, steps = place(item)
             mine = jax.lax.axis_index("wg")
 
-            def product(acc):
-                def step(s, done):
-                    stage = pipeline.wait_until_loaded(done)
-                    plgpu.wgmma(acc, xs.at[stage].transpose((1, 0)), dys.at[stage, mine])
-                    plgpu.wgmma_wait(1)  # the product of the step before is done: its stage is free
-                    pl.when(s > 0)(lambda: pipeline.free(done - 1))
-                    return done + 1
+            def multiply_rows(acc, stage):
+                plgpu.wgmma(acc, xs.at[stage].transpose((1, 0)), dys.at[stage, mine])
 
-                after = jax.lax.fori_loop(0, steps, step, done)
-                plgpu.wgmma_wait(0)
-                pl.when(steps > 0)(lambda: pipeline.free(after - 1))
-                return acc[...]
-
-            total = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((c.tile_i, c.tile_o), jnp.float32))
+            total = pipeline.sum((c.tile_i, c.tile_o), multiply_rows, steps, done, in_flight=1)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left
             out[mine] = total.astype(x.dtype)
             plgpu.commit_smem()
