@@ -5,10 +5,10 @@ the dtype of `x` after bias and activation. `index` is any object with the int32
 block pattern: `col_ptr`, `row_index` by block column, and `row_ptr`, `col_index`, `order` by
 block row, where `order` says at which place of `blocks` an entry's values are.
 `precision` is taken for the contract's sake: the sums never run in less than float32.
+
+JAX is imported where it is used: the same kernels run without it (`cpu_kernels.direct`).
 """
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cpu_kernels._library import load, why_not_loaded
@@ -35,8 +35,8 @@ def why_not(op: str, dtype, block: tuple[int, int], platform: str) -> str | None
         return f"these kernels run on a CPU, not on {platform}"
     if op not in _PRODUCTS:
         return f"there is no kernel {op}; there are {', '.join(_PRODUCTS)}"
-    if jnp.dtype(dtype).name not in _DTYPES:
-        return f"dtype {jnp.dtype(dtype).name} is not one of {', '.join(_DTYPES)}"
+    if (name := np.dtype(dtype).name) not in _DTYPES:
+        return f"dtype {name} is not one of {', '.join(_DTYPES)}"
     if op == "spmm_grads" and tuple(block) != (1, 1):
         return f"spmm_grads is for block (1, 1), not {tuple(block)}: use spmm and sddmm"
     return why_not_loaded()
@@ -135,11 +135,15 @@ def _call(name, shape, dtype):
 
 
 def _ffi_call(name, results):
+    import jax
+
     load()
     return jax.ffi.ffi_call(f"jaxsparse_cpu_{name}", results, vmap_method="sequential")
 
 
 def _result(shape, dtype):
+    import jax
+
     return jax.ShapeDtypeStruct(shape, dtype)
 
 

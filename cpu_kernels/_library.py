@@ -5,8 +5,6 @@ import functools
 import pathlib
 import re
 
-import jax
-
 import cpu_kernels
 
 TARGETS = ("spmm", "sddmm", "spmm_grads", "block_diag_matmul", "block_diag_outer")
@@ -29,16 +27,24 @@ def _file() -> pathlib.Path | None:
 @functools.cache
 def why_not_loaded() -> str | None:
     """Returns why the kernels can't be used with this jaxlib, or None when they can."""
+    if reason := why_not_opened():
+        return reason
+    built = opened().jaxsparse_cpu_ffi_major(), opened().jaxsparse_cpu_ffi_minor()
+    return _why_versions_clash(built, _jaxlib_version())
+
+
+@functools.cache
+def why_not_opened() -> str | None:
+    """Returns why the library can't be opened, or None when it can, whatever runs its kernels."""
     if _file() is None:
         return (
             f"{_NAME} was not built. Install a C++17 compiler (g++ 10 or clang 14 and newer) and reinstall jaxsparse."
         )
     try:
-        library = _opened()
+        opened()
     except OSError as error:
         return f"{_NAME} can't be loaded: {error}"
-    built = library.jaxsparse_cpu_ffi_major(), library.jaxsparse_cpu_ffi_minor()
-    return _why_versions_clash(built, _jaxlib_version())
+    return None
 
 
 # A jaxlib serves handlers built for its own C API or an older one. With a newer one it would
@@ -53,13 +59,16 @@ def _why_versions_clash(built: tuple[int, int], running: tuple[int, int]) -> str
 
 
 def _jaxlib_version() -> tuple[int, int]:
+    import jax
+
     header = pathlib.Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
     versions = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR)\s+(\d+)", header))
     return int(versions["MAJOR"]), int(versions["MINOR"])
 
 
 @functools.cache
-def _opened() -> ctypes.CDLL:
+def opened() -> ctypes.CDLL:
+    """The library as it is, without a word to XLA."""
     library = ctypes.CDLL(str(_file()))
     library.jaxsparse_cpu_isa.restype = ctypes.c_char_p
     library.jaxsparse_cpu_use_isa.argtypes = [ctypes.c_char_p]
@@ -68,7 +77,9 @@ def _opened() -> ctypes.CDLL:
 
 @functools.cache
 def _registered() -> ctypes.CDLL:
-    library = _opened()
+    import jax
+
+    library = opened()
     for name in TARGETS:
         handler = jax.ffi.pycapsule(getattr(library, f"jaxsparse_cpu_{name}"))
         jax.ffi.register_ffi_target(f"jaxsparse_cpu_{name}", handler, platform="cpu")

@@ -13,11 +13,13 @@ namespace jaxsparse_cpu {
 enum class Dtype { f32, f64, bf16, f16 };
 enum class Activation { none, relu, gelu, silu };
 
-// Threads that somebody else owns. `schedule` queues run(arg) and returns at once.
+// Threads that somebody else owns: a queue, where `schedule` puts run(arg) and returns at once; or a team, where
+// `together` calls run(arg) `times` times, on as many threads as there are, and returns when all are done.
 struct Pool {
   int threads;
   void* owner;
   void (*schedule)(void* owner, void (*run)(void*), void* arg);
+  void (*together)(void* owner, int times, void (*run)(void*), void* arg);  // null: it is a queue
 };
 
 // Entries ptr[n] .. ptr[n+1]-1 belong to line n. `index` says which slice of the other side an

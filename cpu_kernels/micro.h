@@ -136,7 +136,7 @@ ALWAYS_INLINE void for_rows(int64_t row, int64_t last, F f) {
 
 // Rows of a register tile: enough sums to hide the latency of the multiply-add, few enough that
 // rows of x a power of two apart don't fight over one set of the first-level cache.
-constexpr int kRows = kVectorBytes == 32 ? 4 : 8;
+constexpr int kRows = kVectorBytes == 32 ? 6 : 8;
 
 template <int L_, int NV_>
 struct Panel {

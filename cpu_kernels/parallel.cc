@@ -101,6 +101,7 @@ void run_phases(const Pool& pool, int workers, const Phase* phases, int count) {
   job->count = count;
   for (int phase = 0; phase < count; ++phase) job->phases[phase] = phases[phase];
   job->references.store(workers, std::memory_order_relaxed);
+  if (pool.together) return pool.together(pool.owner, workers, help, job);
   for (int helper = 1; helper < workers; ++helper) pool.schedule(pool.owner, help, job);
   help(job);
 }

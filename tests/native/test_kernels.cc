@@ -41,6 +41,16 @@ class Threads {
                 threads->queue_.push_back({run, arg});
               }
               threads->wake_.notify_one();
+            }, nullptr};
+  }
+  // The same number of threads as a team, which is there for one call.
+  Pool team() {
+    return {static_cast<int>(threads_.size()) + 1, nullptr, nullptr,
+            [](void*, int times, void (*run)(void*), void* arg) {
+              std::vector<std::thread> others;
+              for (int i = 1; i < times; ++i) others.emplace_back(run, arg);
+              run(arg);
+              for (std::thread& t : others) t.join();
             }};
   }
 
@@ -308,6 +318,7 @@ void check_thread_counts(std::mt19937& random) {
     const std::vector<char> alone = c.results(one.pool());
     expect(c.results(two.pool()) == alone, "two threads give other bits", c.name);
     expect(c.results(five.pool()) == alone, "five threads give other bits", c.name);
+    expect(c.results(five.team()) == alone, "a team of five gives other bits", c.name);
     c.check_refusals(five.pool());
   }
 }

@@ -1,0 +1,207 @@
+// One call of a product by buffers that are not to be trusted: every face checks and runs them here.
+#include "calls.h"
+
+#include <algorithm>
+#include <functional>
+#include <numeric>
+#include <vector>
+
+namespace jaxsparse_cpu {
+namespace {
+
+std::string text(const int64_t* v, int64_t n) {
+  std::string list = "[";
+  for (int64_t i = 0; i < n; ++i) list += (i ? ", " : "") + std::to_string(v[i]);
+  return list + "]";
+}
+
+const char* name_of(Type type) {
+  static const char* const names[] = {"float32", "float64", "bfloat16", "float16", "int32", "another dtype"};
+  return names[static_cast<int>(type)];
+}
+
+// Collects the first complaint, so that a call reads as a list of what it needs. x gives the dtype and the rows of all.
+struct Needs {
+  const Buffer& x;
+  Type type;
+  std::string wrong;
+
+  Needs(const Buffer& x_, Dtype* dtype, int64_t* rows) : x(x_), type(x_.type) {
+    that(type < Type::i32, "x must be float32, float64, bfloat16 or float16");
+    that(x.rank >= 1, "x must have a dimension of features");
+    if (!wrong.empty()) return;
+    *dtype = static_cast<Dtype>(type);
+    *rows = std::accumulate(x.dims, x.dims + x.rank - 1, int64_t{1}, std::multiplies<int64_t>());
+  }
+  void that(bool holds, const std::string& otherwise) {
+    if (wrong.empty() && !holds) wrong = otherwise;
+  }
+  void dtype(const char* name, const Buffer& b, Type want) {
+    if (wrong.empty() && b.type != want)
+      wrong = std::string(name) + " is " + name_of(b.type) + ", needs " + name_of(want);
+  }
+  void shape(const char* name, const Buffer& b, const int64_t* dims, int64_t rank) {
+    dtype(name, b, type);
+    if (!wrong.empty() || (b.rank == rank && std::equal(dims, dims + rank, b.dims))) return;
+    wrong = std::string(name) + " has shape " + text(b.dims, b.rank) + ", needs " + text(dims, rank);
+  }
+  void vector(const char* name, const Buffer& b, int64_t n) { shape(name, b, &n, 1); }
+  void rows(const char* name, const Buffer& b, int64_t features) {
+    dtype(name, b, type);
+    const bool same = b.rank == x.rank && std::equal(x.dims, x.dims + x.rank - 1, b.dims);
+    if (!wrong.empty() || (same && b.dims[b.rank - 1] == features)) return;
+    std::vector<int64_t> dims(x.dims, x.dims + x.rank);
+    dims.back() = features;
+    wrong = std::string(name) + " has shape " + text(b.dims, b.rank) + ", needs " + text(dims.data(), x.rank);
+  }
+  void values(const char* name, const Buffer& b, int64_t entries, int64_t i, int64_t o) {
+    const int64_t dims[] = {entries, i, o};
+    shape(name, b, dims, i == 1 && o == 1 ? 1 : 3);
+  }
+  void activation(int64_t number) { that(number >= 0 && number <= 3, "no activation " + std::to_string(number)); }
+  Lines lines(const Index& i, int64_t limit) {
+    dtype("the index pointers", i.ptr, Type::i32);
+    dtype("the index", i.index, Type::i32);
+    dtype("the order", i.order, Type::i32);
+    const int64_t entries = i.index.count(), order = i.order.count();
+    that(i.ptr.count() >= 1, "index pointers are empty");
+    that(order == 0 || order == entries, "order has " + std::to_string(order) + " entries, index has " +
+                                             std::to_string(entries));
+    return {i.ptr.count() - 1, limit, entries, static_cast<const int32_t*>(i.ptr.data),
+            static_cast<const int32_t*>(i.index.data), order ? static_cast<const int32_t*>(i.order.data) : nullptr};
+  }
+};
+
+int64_t slices(int64_t size, int64_t block) { return block > 0 ? (size + block - 1) / block : 0; }
+
+// A block-diagonal matrix is a sparse one whose line n holds the single entry n.
+struct Diagonal {
+  std::vector<int32_t> ptr;
+  explicit Diagonal(int64_t n) : ptr(n + 1) { std::iota(ptr.begin(), ptr.end(), 0); }
+  Lines lines() const {
+    const int64_t n = int64_t(ptr.size()) - 1;
+    return {n, n, n, ptr.data(), ptr.data(), nullptr};
+  }
+};
+
+}  // namespace
+
+std::string call_spmm(const Buffer& x, const Buffer& values, const Index& index, const Buffer& bias, const Buffer& y,
+                      const Sizes& sizes, bool transposed, int64_t activation, const Pool& pool) {
+  Product p{};
+  Needs needs(x, &p.dtype, &p.m);
+  p.in = transposed ? sizes.out : sizes.in;
+  p.out = transposed ? sizes.in : sizes.out;
+  p.depth = transposed ? sizes.block_out : sizes.block_in;
+  p.width = transposed ? sizes.block_in : sizes.block_out;
+  p.transposed = transposed;
+  p.activation = static_cast<Activation>(activation);
+  p.lines = needs.lines(index, slices(p.in, p.depth));
+  needs.activation(activation);
+  needs.rows("x", x, p.in);
+  needs.values("blocks", values, p.lines.entries, sizes.block_in, sizes.block_out);
+  needs.rows("y", y, p.out);
+  const bool biased = bias.count() != 0;
+  if (biased) needs.vector("bias", bias, p.out);
+  if (!needs.wrong.empty()) return needs.wrong;
+  p.x = x.data;
+  p.values = values.data;
+  p.bias = biased ? bias.data : nullptr;
+  p.y = y.data;
+  return spmm(p, pool);
+}
+
+std::string call_sddmm(const Buffer& x, const Buffer& dy, const Index& index, const Buffer& values,
+                       const Sizes& sizes, const Pool& pool) {
+  Outer p{};
+  Needs needs(x, &p.dtype, &p.m);
+  p.in = sizes.in;
+  p.out = sizes.out;
+  p.depth = sizes.block_in;
+  p.width = sizes.block_out;
+  p.lines = needs.lines(index, slices(p.in, p.depth));
+  needs.rows("x", x, p.in);
+  needs.rows("dy", dy, p.out);
+  needs.values("blocks", values, p.lines.entries, p.depth, p.width);
+  if (!needs.wrong.empty()) return needs.wrong;
+  p.x = x.data;
+  p.dy = dy.data;
+  p.values = values.data;
+  return sddmm(p, pool);
+}
+
+std::string call_spmm_grads(const Buffer& x, const Buffer& dy, const Buffer& values, const Index& index,
+                            const Buffer& dx, const Buffer& dvalues, int64_t in, int64_t out, const Pool& pool) {
+  Gradients p{};
+  Needs needs(x, &p.dtype, &p.m);
+  p.in = in;
+  p.out = out;
+  p.lines = needs.lines(index, out);
+  needs.rows("x", x, in);
+  needs.rows("dy", dy, out);
+  needs.vector("blocks", values, p.lines.entries);
+  needs.rows("dx", dx, in);
+  needs.vector("dblocks", dvalues, p.lines.entries);
+  if (!needs.wrong.empty()) return needs.wrong;
+  p.x = x.data;
+  p.dy = dy.data;
+  p.values = values.data;
+  p.dx = dx.data;
+  p.dvalues = dvalues.data;
+  return spmm_grads(p, pool);
+}
+
+std::string call_block_diag_matmul(const Buffer& x, const Buffer& values, const Buffer& bias, const Buffer& y,
+                                   bool transposed, int64_t activation, const Pool& pool) {
+  Product p{};
+  Needs needs(x, &p.dtype, &p.m);
+  needs.dtype("blocks", values, x.type);
+  needs.that(values.rank == 3, "blocks must have three dimensions");
+  needs.activation(activation);
+  if (!needs.wrong.empty()) return needs.wrong;
+  const int64_t n = values.dims[0];
+  p.depth = values.dims[transposed ? 2 : 1];
+  p.width = values.dims[transposed ? 1 : 2];
+  p.in = n * p.depth;
+  p.out = n * p.width;
+  p.transposed = transposed;
+  p.activation = static_cast<Activation>(activation);
+  needs.that(n < INT32_MAX, std::to_string(n) + " blocks overflow int32");
+  needs.rows("x", x, p.in);
+  needs.rows("y", y, p.out);
+  const bool biased = bias.count() != 0;
+  if (biased) needs.vector("bias", bias, p.out);
+  if (!needs.wrong.empty()) return needs.wrong;
+  const Diagonal diagonal(n);
+  p.lines = diagonal.lines();
+  p.x = x.data;
+  p.values = values.data;
+  p.bias = biased ? bias.data : nullptr;
+  p.y = y.data;
+  return spmm(p, pool);
+}
+
+std::string call_block_diag_outer(const Buffer& x, const Buffer& dy, const Buffer& values, const Pool& pool) {
+  Outer p{};
+  Needs needs(x, &p.dtype, &p.m);
+  needs.dtype("blocks", values, x.type);
+  needs.that(values.rank == 3, "blocks must have three dimensions");
+  if (!needs.wrong.empty()) return needs.wrong;
+  const int64_t n = values.dims[0];
+  p.depth = values.dims[1];
+  p.width = values.dims[2];
+  p.in = n * p.depth;
+  p.out = n * p.width;
+  needs.that(n < INT32_MAX, std::to_string(n) + " blocks overflow int32");
+  needs.rows("x", x, p.in);
+  needs.rows("dy", dy, p.out);
+  if (!needs.wrong.empty()) return needs.wrong;
+  const Diagonal diagonal(n);
+  p.lines = diagonal.lines();
+  p.x = x.data;
+  p.dy = dy.data;
+  p.values = values.data;
+  return sddmm(p, pool);
+}
+
+}  // namespace jaxsparse_cpu

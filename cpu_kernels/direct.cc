@@ -1,0 +1,182 @@
+// The kernels without XLA: on tensors of whoever speaks DLPack, in their own memory and on the caller's threads.
+#include <cstdint>
+#include <exception>
+#include <string>
+
+#include "calls.h"
+
+namespace {
+
+using namespace jaxsparse_cpu;
+
+// DLPack's tensor (dmlc.github.io/dlpack, version 1): its layout is an ABI.
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides;  // strides may be null: C order
+  uint64_t byte_offset;
+};
+
+Type type_of(const DLTensor& t) {
+  enum { kInt = 0, kFloat = 2, kBfloat = 4 };
+  if (t.lanes != 1) return Type::other;
+  if (t.code == kInt && t.bits == 32) return Type::i32;
+  if (t.code == kBfloat && t.bits == 16) return Type::bf16;
+  if (t.code != kFloat) return Type::other;
+  return t.bits == 32 ? Type::f32 : t.bits == 64 ? Type::f64 : t.bits == 16 ? Type::f16 : Type::other;
+}
+
+bool in_c_order(const DLTensor& t) {
+  if (!t.strides) return true;
+  int64_t step = 1, count = 1;
+  for (int i = 0; i < t.ndim; ++i) count *= t.shape[i];
+  for (int i = t.ndim - 1; i >= 0 && count; step *= t.shape[i--])
+    if (t.shape[i] != 1 && t.strides[i] != step) return false;
+  return true;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Who calls. Its address is an argument of every call.
+struct JaxsparseCaller {
+  int (*borrow)(void* object, DLTensor* tensor);  // DLPack's exchange; null: objects are pointers to tensors
+  void* none;                                     // the object that stands for no tensor
+  int32_t (*threads)(uint32_t* count);            // the team; null: the calling thread alone
+  int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, void (*run)(int64_t, int64_t, void*), void*);
+  void* (*unlock)();  // gives up a lock that the caller holds (Python's), and takes it again; null: there is none
+  void (*lock)(void*);
+};
+
+}  // extern "C"
+
+namespace {
+
+// The operands of one call, borrowed one after the other. After the first failure the rest are empty.
+class Operands {
+ public:
+  explicit Operands(const JaxsparseCaller& caller) : caller_(caller) {}
+
+  Buffer operator()(const char* name, void* object) {
+    static const int64_t none = 0;
+    if (failed_ || !object || object == caller_.none) return {Type::i32, 1, &none, nullptr};
+    DLTensor& t = tensors_[count_++];
+    if (caller_.borrow) {
+      failed_ = caller_.borrow(object, &t) != 0;  // the caller's own error is set
+      if (failed_) return {Type::i32, 1, &none, nullptr};
+    } else {
+      t = *static_cast<DLTensor*>(object);
+    }
+    if (t.device_type != 1) wrong(name, " is not on a CPU");
+    if (!in_c_order(t)) wrong(name, " is not contiguous");
+    return {type_of(t), t.ndim, t.shape, static_cast<char*>(t.data) + t.byte_offset};
+  }
+
+  // Runs call(pool) without the caller's lock, and returns what is to be returned.
+  template <class F>
+  const char* run(F call) {
+    static thread_local std::string text;
+    if (failed_) return "";
+    if (wrong_.empty()) {
+      void* state = caller_.unlock ? caller_.unlock() : nullptr;
+      try {
+        wrong_ = call(pool());
+      } catch (const std::exception& error) {
+        wrong_ = error.what();
+      }
+      if (caller_.unlock) caller_.lock(state);
+    }
+    text = wrong_;
+    return text.empty() ? nullptr : text.c_str();
+  }
+
+ private:
+  void wrong(const char* name, const char* what) {
+    if (wrong_.empty()) wrong_ = std::string(name) + what;
+  }
+
+  Pool pool() {
+    uint32_t threads = 1;
+    if (!caller_.parallel_for || caller_.threads(&threads) != 0) threads = 1;
+    return {static_cast<int>(threads), this, nullptr, together};
+  }
+
+  struct Work {
+    void (*run)(void*);
+    void* arg;
+  };
+
+  static void together(void* self, int times, void (*run)(void*), void* arg) {
+    Work work{run, arg};
+    const auto some = [](int64_t begin, int64_t end, void* work) {
+      for (; begin < end; ++begin) static_cast<Work*>(work)->run(static_cast<Work*>(work)->arg);
+    };
+    static_cast<Operands*>(self)->caller_.parallel_for(0, times, 1, some, &work);
+  }
+
+  const JaxsparseCaller& caller_;
+  DLTensor tensors_[8];
+  int count_ = 0;
+  bool failed_ = false;
+  std::string wrong_;
+};
+
+}  // namespace
+
+#define EXPORTED __attribute__((visibility("default")))
+
+// Each returns null, or what is wrong with the arguments ("" where borrowing failed). Absent ones are null or none.
+extern "C" {
+
+EXPORTED const char* jaxsparse_cpu_direct_spmm(const JaxsparseCaller* caller, void* x, void* values, void* ptr,
+                                               void* index, void* order, void* bias, void* y, int64_t in, int64_t out,
+                                               int64_t block_in, int64_t block_out, int transposed,
+                                               int64_t activation) {
+  Operands get(*caller);
+  const Buffer bx = get("x", x), bv = get("blocks", values), bb = get("bias", bias), by = get("y", y);
+  const Index i{get("the index pointers", ptr), get("the index", index), get("the order", order)};
+  return get.run([&](const Pool& pool) {
+    return call_spmm(bx, bv, i, bb, by, {in, out, block_in, block_out}, transposed, activation, pool);
+  });
+}
+
+EXPORTED const char* jaxsparse_cpu_direct_sddmm(const JaxsparseCaller* caller, void* x, void* dy, void* ptr,
+                                                void* index, void* values, int64_t in, int64_t out, int64_t block_in,
+                                                int64_t block_out) {
+  Operands get(*caller);
+  const Buffer bx = get("x", x), bd = get("dy", dy), bv = get("blocks", values);
+  const Index i{get("the index pointers", ptr), get("the index", index), get("the order", nullptr)};
+  return get.run(
+      [&](const Pool& pool) { return call_sddmm(bx, bd, i, bv, {in, out, block_in, block_out}, pool); });
+}
+
+EXPORTED const char* jaxsparse_cpu_direct_spmm_grads(const JaxsparseCaller* caller, void* x, void* dy, void* values,
+                                                     void* ptr, void* index, void* order, void* dx, void* dvalues,
+                                                     int64_t in, int64_t out) {
+  Operands get(*caller);
+  const Buffer bx = get("x", x), bd = get("dy", dy), bv = get("blocks", values);
+  const Buffer bdx = get("dx", dx), bdv = get("dblocks", dvalues);
+  const Index i{get("the index pointers", ptr), get("the index", index), get("the order", order)};
+  return get.run([&](const Pool& pool) { return call_spmm_grads(bx, bd, bv, i, bdx, bdv, in, out, pool); });
+}
+
+EXPORTED const char* jaxsparse_cpu_direct_block_diag_matmul(const JaxsparseCaller* caller, void* x, void* values,
+                                                            void* bias, void* y, int transposed, int64_t activation) {
+  Operands get(*caller);
+  const Buffer bx = get("x", x), bv = get("blocks", values), bb = get("bias", bias), by = get("y", y);
+  return get.run(
+      [&](const Pool& pool) { return call_block_diag_matmul(bx, bv, bb, by, transposed, activation, pool); });
+}
+
+EXPORTED const char* jaxsparse_cpu_direct_block_diag_outer(const JaxsparseCaller* caller, void* x, void* dy,
+                                                           void* values) {
+  Operands get(*caller);
+  const Buffer bx = get("x", x), bd = get("dy", dy), bv = get("blocks", values);
+  return get.run([&](const Pool& pool) { return call_block_diag_outer(bx, bd, bv, pool); });
+}
+
+}  // extern "C"

@@ -1,0 +1,85 @@
+"""`torch.ops.jaxsparse`: the products as operators, which graphs, modes and tracers see whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from torch_bridge._matrix import Diagonal, Matrix, Sparse, like
+from torch_bridge.products import Multiply, Sample
+
+_LIBRARY = torch.library.Library("jaxsparse", "DEF")
+_DERIVED = {"multiply": Multiply, "sample": Sample}
+
+
+def _define(schema: str, method: str, operands: int, matrix: Callable[..., Matrix], shapes: Callable[..., Any]) -> None:
+    """Makes an operator of a method of matrices.
+
+    Args:
+      schema: its name and types, as torch writes them.
+      method: the method, which takes the first `operands` arguments.
+      matrix: the matrix that the arguments describe.
+      shapes: empty results for the arguments.
+    """
+    name = schema.partition("(")[0]
+
+    def kernel(*arguments):
+        return getattr(matrix(*arguments), method)(*arguments[:operands])
+
+    def derived(*arguments):
+        if torch.is_grad_enabled() and method in _DERIVED:
+            return _DERIVED[method].apply(matrix(*arguments), *arguments[:operands])
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.jaxsparse, name)(*arguments)
+
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, kernel, "CPU")
+    _LIBRARY.impl(name, derived, "Autograd")
+    torch.library.register_fake(f"jaxsparse::{name}", shapes, lib=_LIBRARY)
+
+
+def _sparse(index, sizes, transposed: bool = False) -> Sparse:
+    return Sparse(tuple(index), tuple(sizes), transposed)
+
+
+def _outer(x, dy, num_blocks) -> Diagonal:
+    return Diagonal((num_blocks, x.shape[-1] // num_blocks, dy.shape[-1] // num_blocks))
+
+
+_define(
+    "spmm(Tensor x, Tensor values, Tensor? bias, Tensor[] index, int[] sizes, bool transposed) -> Tensor",
+    "multiply",
+    3,
+    matrix=lambda x, w, bias, *how: _sparse(*how),
+    shapes=lambda x, w, bias, index, sizes, transposed: like(x, sizes[0 if transposed else 1]),
+)
+_define(
+    "sddmm(Tensor x, Tensor dy, Tensor[] index, int[] sizes) -> Tensor",
+    "sample",
+    2,
+    matrix=lambda x, dy, *how: _sparse(*how),
+    shapes=lambda x, dy, index, sizes: x.new_empty(_sparse(index, sizes).values_shape),
+)
+_define(
+    "spmm_grads(Tensor x, Tensor values, Tensor dy, Tensor[] index, int[] sizes) -> (Tensor, Tensor)",
+    "gradients",
+    3,
+    matrix=lambda x, w, dy, *how: _sparse(*how),
+    shapes=lambda x, w, dy, index, sizes: (like(x, sizes[0]), w.new_empty(w.shape)),
+)
+_define(
+    "block_diag_matmul(Tensor x, Tensor blocks, Tensor? bias, bool transposed) -> Tensor",
+    "multiply",
+    3,
+    matrix=lambda x, w, bias, transposed: Diagonal(tuple(w.shape), transposed),
+    shapes=lambda x, w, bias, transposed: like(x, w.shape[0] * w.shape[1 if transposed else 2]),
+)
+_define(
+    "block_diag_outer(Tensor x, Tensor dy, int num_blocks) -> Tensor",
+    "sample",
+    2,
+    matrix=_outer,
+    shapes=lambda x, dy, num_blocks: x.new_empty(_outer(x, dy, num_blocks).sizes),
+)

@@ -1,0 +1,199 @@
+"""The products of sparse layers on CPU tensors: C++ kernels in torch's own memory, on torch's own threads.
+
+    multiply(matrix, x, w, bias)    x W + bias
+    sample(matrix, x, dy)           x^T dy where W is stored
+
+Both are linear in each operand and each is the other's derivative, so that gradients of gradients, in any mode, are
+the same two again. They are also operators of torch's, `torch.ops.jaxsparse`, which is how graphs hold them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from torch_bridge._matrix import Matrix, plain
+
+
+def multiply(matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W + bias, differentiable in all three.
+
+    Args:
+      x: [..., in], or [..., out] where the matrix is transposed.
+      w: the stored values, [nnzb, i, o], or [nnz] for single entries.
+      bias: one number per output.
+    Raises:
+      ValueError: for shapes or dtypes that do not fit, and for an index out of range.
+    """
+    if _transforms_active():
+        return _MultiplyUnderTransforms.apply(matrix, x, w, bias, *matrix.index)
+    if _is_recorded():
+        return matrix.operator("multiply", x, w, bias)
+    if torch.is_grad_enabled():
+        return Multiply.apply(matrix, x, w, bias)
+    return _raw(matrix, "multiply", x, w, bias)
+
+
+def sample(matrix: Matrix, x: Tensor, dy: Tensor) -> Tensor:
+    """x^T dy, summed over all leading dimensions, where the matrix stores it; differentiable in both."""
+    if _transforms_active():
+        return _SampleUnderTransforms.apply(matrix, x, dy, *matrix.index)
+    if _is_recorded():
+        return matrix.operator("sample", x, dy)
+    if torch.is_grad_enabled():
+        return Sample.apply(matrix, x, dy)
+    return _raw(matrix, "sample", x, dy)
+
+
+# ---- rules -----------------------------------------------------------------------------------------------
+
+
+# y = xW + b gives dx = dy W^T, dW = x^T dy where W is stored, db = the sum of dy over rows.
+def _multiply_backward(matrix: Matrix, x: Tensor, w: Tensor, dy: Tensor, wanted: Sequence[bool]):
+    for_x, for_w, for_bias = wanted
+    db = dy.reshape(-1, dy.shape[-1]).sum(0) if for_bias else None
+    if for_x and for_w and matrix.fuses_gradients and not (torch.is_grad_enabled() or _transforms_active()):
+        return *_raw(matrix, "gradients", x, w, dy), db
+    dy = plain(dy) if for_x and for_w else dy
+    return multiply(matrix.T, dy, w) if for_x else None, sample(matrix, x, dy) if for_w else None, db
+
+
+# g = sample(x, dy) with the cotangent G, itself the values of such a matrix: dx = dy G^T and d(dy) = x G.
+def _sample_backward(matrix: Matrix, x: Tensor, dy: Tensor, g: Tensor, wanted: Sequence[bool]):
+    return multiply(matrix.T, dy, g) if wanted[0] else None, multiply(matrix, x, g) if wanted[1] else None
+
+
+class Multiply(torch.autograd.Function):
+    """`multiply` as a node of the graph. It has no setup_context: that costs 20 us a call."""
+
+    @staticmethod
+    def forward(ctx, matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.matrix = matrix
+        ctx.save_for_backward(x, w, *matrix.index)
+        return _raw(matrix, "multiply", x, w, bias)
+
+    @staticmethod
+    def backward(ctx, *cotangents: Tensor):
+        (dy,), (x, w, *index) = cotangents, ctx.saved_tensors
+        return None, *_multiply_backward(ctx.matrix.with_index(index), x, w, dy, ctx.needs_input_grad[1:])
+
+
+class Sample(torch.autograd.Function):
+    """`sample` as a node of the graph."""
+
+    @staticmethod
+    def forward(ctx, matrix: Matrix, x: Tensor, dy: Tensor) -> Tensor:
+        ctx.matrix = matrix
+        ctx.save_for_backward(x, dy, *matrix.index)
+        return _raw(matrix, "sample", x, dy)
+
+    @staticmethod
+    def backward(ctx, *cotangents: Tensor):
+        (g,), (x, dy, *index) = cotangents, ctx.saved_tensors
+        return None, *_sample_backward(ctx.matrix.with_index(index), x, dy, g, ctx.needs_input_grad[1:])
+
+
+# ---- torch.func and forward mode -----------------------------------------------------------------------
+
+
+class _MultiplyUnderTransforms(torch.autograd.Function):
+    @staticmethod
+    def forward(matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None, *index: Tensor) -> Tensor:
+        return _raw(matrix.with_index(index), "multiply", x, w, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.matrix, x, w, bias, *index = inputs
+        ctx.save_for_backward(x, w, *index)
+        ctx.save_for_forward(x, w, *index)
+
+    @staticmethod
+    def backward(ctx, *cotangents: Tensor):
+        (dy,), (x, w, *index) = cotangents, ctx.saved_tensors
+        gradients = _multiply_backward(ctx.matrix.with_index(index), x, w, dy, ctx.needs_input_grad[1:4])
+        return None, *gradients, *[None] * len(index)
+
+    @staticmethod
+    def jvp(ctx, *tangents: Tensor | None):
+        _, dx, dw, db, *_ = tangents
+        x, w, *index = ctx.saved_tensors
+        matrix = ctx.matrix.with_index(index)
+        terms = [] if dx is None else [multiply(matrix, dx, w)]
+        terms += [] if dw is None else [multiply(matrix, x, dw)]
+        terms += [] if db is None else [db.expand(*x.shape[:-1], -1)]
+        return sum(terms[1:], terms[0])
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        matrix, x, w, bias, *index = args
+        if all(d is None for d in in_dims[2:]):  # rows of x are independent: those of the batch are more of them
+            return multiply(matrix.with_index(index), x.movedim(in_dims[1], 0), w, bias), 0
+        calls = _calls(info, in_dims[1:], (x, w, bias, *index))
+        return torch.stack([multiply(matrix.with_index(index), x, w, bias) for x, w, bias, *index in calls]), 0
+
+
+class _SampleUnderTransforms(torch.autograd.Function):
+    @staticmethod
+    def forward(matrix: Matrix, x: Tensor, dy: Tensor, *index: Tensor) -> Tensor:
+        return _raw(matrix.with_index(index), "sample", x, dy)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.matrix, x, dy, *index = inputs
+        ctx.save_for_backward(x, dy, *index)
+        ctx.save_for_forward(x, dy, *index)
+
+    @staticmethod
+    def backward(ctx, *cotangents: Tensor):
+        (g,), (x, dy, *index) = cotangents, ctx.saved_tensors
+        gradients = _sample_backward(ctx.matrix.with_index(index), x, dy, g, ctx.needs_input_grad[1:3])
+        return None, *gradients, *[None] * len(index)
+
+    @staticmethod
+    def jvp(ctx, *tangents: Tensor | None):
+        _, dx, ddy, *_ = tangents
+        x, dy, *index = ctx.saved_tensors
+        matrix = ctx.matrix.with_index(index)
+        terms = [] if dx is None else [sample(matrix, dx, dy)]
+        terms += [] if ddy is None else [sample(matrix, x, ddy)]
+        return sum(terms[1:], terms[0])
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        matrix, *operands = args
+        calls = _calls(info, in_dims[1:], operands)
+        return torch.stack([sample(matrix.with_index(index), x, dy) for x, dy, *index in calls]), 0
+
+
+def _calls(info, dims: Sequence[int | None], operands: Sequence[Tensor | None]) -> list[list[Any]]:
+    """The operands of each call of a batch."""
+    split = [
+        [t] * info.batch_size if t is None or d is None else t.unbind(d) for t, d in zip(operands, dims, strict=True)
+    ]
+    return [list(call) for call in zip(*split, strict=True)]
+
+
+# ---- where a call goes -----------------------------------------------------------------------------------
+
+
+def _raw(matrix: Matrix, name: str, *operands) -> Any:
+    """A product without derivatives: the kernel, or the operator where a mode or a subclass of Tensor looks on."""
+    if torch._C._len_torch_dispatch_stack() or not _is_ordinary(operands[0]) or not _is_ordinary(operands[1]):
+        return matrix.operator(name, *operands)
+    return getattr(matrix, name)(*operands)
+
+
+def _is_ordinary(t: Tensor) -> bool:
+    return type(t) is Tensor or type(t) is torch.nn.Parameter
+
+
+def _is_recorded() -> bool:
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
+def _transforms_active() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
