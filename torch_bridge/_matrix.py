@@ -12,13 +12,7 @@ from torch import Tensor
 
 from cpu_kernels import direct
 
-DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-
-
-@functools.cache
-def why_not() -> str | None:
-    """The reason why CPU tensors can't be multiplied here without JAX, or None where they can."""
-    return direct.why_not(torch)
+WHY_NOT = direct.why_not(torch)  # the reason why CPU tensors can't be multiplied here without JAX, if there is one
 
 
 @functools.cache

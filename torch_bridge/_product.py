@@ -28,6 +28,12 @@ class Product:
     def sizes(self) -> tuple[int, ...]:
         return (*self.shape, *self.block, int(self.transposed))
 
+    @property
+    def stored(self) -> tuple[tuple[int, int, int, int], bool]:
+        """The sizes (in, out, i, o) of the matrix as it is stored, and whether its transpose is meant."""
+        (rows, cols), (i, o) = self.shape, self.block
+        return ((cols, rows, o, i), True) if self.transposed else ((rows, cols, i, o), False)
+
     def pattern(self, index) -> BlockPattern:
         return BlockPattern.tree_unflatten((self.shape, self.block, self.transposed), index)
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from jaxsparse import _flax
 from jaxsparse.formats import BlockPattern
-from torch_bridge import _compressed, _dense
+from torch_bridge import _compressed, _dense, operators, products
+from torch_bridge._matrix import Diagonal, Sparse
 from torch_bridge._product import Product, edge_mask, traced
 from torch_bridge.dlpack import Views, jax_to_torch, torch_to_jax
 
@@ -90,7 +91,7 @@ class BlockDiagLinear(nn.Module):
         return _linear_of(self, torch.block_diag(*self.weight.detach()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _multiply(self, x, None)
+        return _multiply(self, x, None, Diagonal(self._product.values_shape))
 
     def extra_repr(self) -> str:
         return (
@@ -240,7 +241,8 @@ class BlockSparseLinear(nn.Module):
         return _compressed.join(self.pattern, self.weight.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return _multiply(self, x, self._index())
+        index = self._index()
+        return _multiply(self, x, index, Sparse(index, *self._product.stored))
 
     def extra_repr(self) -> str:
         return (
@@ -304,7 +306,7 @@ class SparseLinear(BlockSparseLinear):
         return super().extra_repr().replace(f"block={self._product.block}, ", "")
 
 
-def _multiply(layer: BlockDiagLinear | BlockSparseLinear, x: Tensor, index: tuple[Tensor, ...] | None) -> Tensor:
+def _multiply(layer: BlockDiagLinear | BlockSparseLinear, x: Tensor, index, matrix: Diagonal | Sparse) -> Tensor:
     weight, bias, views = layer.weight, layer.bias, layer._views
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -315,6 +317,12 @@ def _multiply(layer: BlockDiagLinear | BlockSparseLinear, x: Tensor, index: tupl
             f"the input is {x.dtype}, but the weight {weight.dtype}, and nothing is cast silently. Use "
             f"x.to({weight.dtype}), layer.to({x.dtype}), or torch.autocast."
         )
+    if not products.is_jit_traced() and (x.ndim == 0 or x.shape[-1] != layer.in_features):
+        raise ValueError(
+            f"the input of shape {tuple(x.shape)} must have {layer.in_features} features in its last dimension."
+        )
+    if products.is_direct(x, weight, layer._product.backend):
+        return products.multiply(matrix, x, weight, bias)
     return layer._traced((), {"bias": bias, "index": index, "weight": weight, "x": x}, views)
 
 

@@ -16,7 +16,18 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from torch_bridge._matrix import Matrix, plain
+from torch_bridge._matrix import WHY_NOT, Matrix, plain
+
+
+def is_direct(x: Tensor, w: Tensor, backend: str | None) -> bool:
+    """Whether a layer's product goes straight to the kernels. All others go through JAX: those on other devices, those
+    whose back end is another by name, and all where `WHY_NOT` is a reason."""
+    return x.device.type == "cpu" == w.device.type and backend in (None, "cpu") and WHY_NOT is None
+
+
+def is_jit_traced() -> bool:
+    """Whether torch.jit.trace looks on, to which sizes are tensors."""
+    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def multiply(matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -192,7 +203,7 @@ def _is_ordinary(t: Tensor) -> bool:
 
 
 def _is_recorded() -> bool:
-    return torch.compiler.is_compiling() or torch._C._is_tracing()
+    return torch.compiler.is_compiling() or is_jit_traced()
 
 
 def _transforms_active() -> bool:

@@ -1,0 +1,312 @@
+"""The products on CPU tensors, straight to the kernels: values, derivatives in every mode, and every way of recording."""
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch_bridge needs torch")
+
+import numpy as np
+from functorch.compile import make_boxed_func
+from torch import func
+from torch._dynamo.backends.common import aot_autograd
+
+from jaxsparse.formats import BlockPattern
+from torch_bridge import BlockDiagLinear, BlockSparseLinear, SparseLinear, products
+from torch_bridge._matrix import WHY_NOT, Diagonal, Sparse
+
+pytestmark = pytest.mark.filterwarnings(  # torch's own
+    "ignore:.*torch.jit.*:DeprecationWarning", "ignore:Attempted to insert a get_attr Node:UserWarning"
+)
+
+if WHY_NOT:
+    pytest.skip(f"the kernels can't be called on tensors here: {WHY_NOT}", allow_module_level=True)
+
+
+def pattern_of(shape, block, density=0.4):
+    rng = np.random.default_rng(0)
+    grid = -(-shape[0] // block[0]), -(-shape[1] // block[1])
+    cols, rows = np.nonzero(rng.random(grid[::-1]) < density)
+    return BlockPattern.from_indices(rows, cols, shape=shape, block=block)
+
+
+def sparse(shape, block):
+    pattern = pattern_of(shape, block)
+    index = tuple(torch.from_numpy(np.array(a)) for a in pattern.index)
+    edge = pattern.edge_mask()
+    inside = torch.ones(pattern.values_shape) if edge is None else torch.from_numpy(np.array(edge)).float()
+    rows, cols = (torch.from_numpy(np.array(a)).long() for a in (pattern.rows, pattern.cols))
+
+    def dense(w):
+        (i, o), grid = block, pattern.grid
+        full = w.new_zeros(grid[0], grid[1], i, o).index_put((rows, cols), w.reshape(-1, i, o))
+        return full.transpose(1, 2).reshape(grid[0] * i, grid[1] * o)[: shape[0], : shape[1]]
+
+    return Sparse(index, (*shape, *block)), inside, dense
+
+
+def diagonal(n, i, o):
+    return Diagonal((n, i, o)), torch.ones(n, i, o), lambda w: torch.block_diag(*w)
+
+
+MATRICES = {
+    "single entries": lambda: sparse((10, 7), (1, 1)),
+    "blocks": lambda: sparse((12, 8), (4, 2)),
+    "ragged blocks": lambda: sparse((10, 7), (4, 3)),
+    "block-diagonal": lambda: diagonal(3, 4, 2),
+}
+each_matrix = pytest.mark.parametrize("make", MATRICES.values(), ids=MATRICES)
+each_view = pytest.mark.parametrize("transposed", [False, True], ids=["W", "W^T"])
+
+
+def problem(make, transposed, dtype=torch.float64, batch=(3, 2)):
+    """(matrix, its dense form as a function of the values, x, w, bias, dy)."""
+    torch.manual_seed(0)
+    matrix, inside, dense = make()
+    w = (torch.randn(inside.shape, dtype=dtype) * inside.to(dtype)).requires_grad_()
+    size_in, out = dense(w).shape[:: -1 if transposed else 1]
+    x, bias, dy = (torch.randn(*s, dtype=dtype, requires_grad=True) for s in ((*batch, size_in), (out,), (*batch, out)))
+    if transposed:
+        return matrix.T, lambda w: dense(w).T, x, w, bias, dy
+    return matrix, dense, x, w, bias, dy
+
+
+@each_matrix
+@each_view
+def test_a_product_and_its_sample_equal_the_dense_ones(make, transposed):
+    matrix, dense, x, w, bias, dy = problem(make, transposed)
+    y = products.multiply(matrix, x, w, bias)
+    torch.testing.assert_close(y, x @ dense(w) + bias)
+    expected = torch.autograd.grad((x @ dense(w)), w, dy)[0]
+    torch.testing.assert_close(products.sample(matrix, x, dy), expected)
+
+
+@each_matrix
+@each_view
+def test_derivatives_of_first_and_second_order_in_both_modes(make, transposed):
+    matrix, _, x, w, bias, dy = problem(make, transposed)
+    for f, operands in (
+        (lambda *a: products.multiply(matrix, *a), (x, w, bias)),
+        (lambda *a: products.sample(matrix, *a), (x, dy)),
+    ):
+        assert torch.autograd.gradcheck(f, operands, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(f, operands)
+
+
+@each_matrix
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)], ids=str)
+def test_only_the_gradients_that_are_wanted_are_computed_and_they_are_right(make, wanted):
+    matrix, dense, *operands, dy = problem(make, False)
+    operands = [t.detach().requires_grad_(k in wanted) for k, t in enumerate(operands)]
+    x, w, bias = operands
+    ours = products.multiply(matrix, x, w, bias)
+    for got, want in zip(
+        torch.autograd.grad(ours, [operands[k] for k in wanted], dy.detach()),
+        torch.autograd.grad(x @ dense(w) + bias, [operands[k] for k in wanted], dy.detach()),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def ours_and_dense(make):
+    matrix, dense, x, w, bias, _ = problem(make, False, batch=(5,))
+    return (
+        lambda x, w: products.multiply(matrix, x, w, bias).tanh(),
+        lambda x, w: (x @ dense(w) + bias).tanh(),
+        x.detach(),
+        w.detach(),
+    )
+
+
+TRANSFORMS = {
+    "vmap over x": lambda f, x, w: func.vmap(f, (0, None))(x, w),
+    "vmap over w": lambda f, x, w: func.vmap(f, (None, 0))(x, torch.stack([w, 2 * w])),
+    "vmap over both": lambda f, x, w: func.vmap(f, (1, 2))(torch.stack([x, x + 1], 1), torch.stack([w, 2 * w], -1))
+    if w.ndim == 2
+    else func.vmap(f)(torch.stack([x, x + 1]), torch.stack([w, 2 * w])),
+    "vmap of vmap": lambda f, x, w: func.vmap(func.vmap(f, (0, None)), (None, 0))(x, torch.stack([w, w + 1])),
+    "per-sample gradients": lambda f, x, w: func.vmap(func.grad(lambda w, x: f(x, w).sum()), (None, 0))(w, x),
+    "jacrev": lambda f, x, w: func.jacrev(f, 1)(x, w),
+    "jacfwd": lambda f, x, w: func.jacfwd(f, 1)(x, w),
+    "jvp": lambda f, x, w: func.jvp(f, (x, w), (x + 1, w - 1))[1],
+    "hessian": lambda f, x, w: func.hessian(lambda w: f(x, w).sum())(w),
+    "reverse over reverse": lambda f, x, w: func.jacrev(func.jacrev(lambda w: f(x, w).sum()))(w),
+    "linearize": lambda f, x, w: func.linearize(f, x, w)[1](x + 1, w - 1),
+}
+
+
+@each_matrix
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_give_what_they_give_for_the_dense_product(make, name):
+    ours, dense, x, w = ours_and_dense(make)
+    w = w if w.ndim != 3 else w
+    inside = make()[1].double()
+    got, want = TRANSFORMS[name](lambda x, w: ours(x, w * inside), x, w), TRANSFORMS[name](dense, x, w)
+    torch.testing.assert_close(got, want)
+
+
+def test_a_batch_under_vmap_is_one_call_of_the_kernel(monkeypatch):
+    matrix, _, x, w, *_ = problem(MATRICES["blocks"], False, batch=(64,))
+    calls = []
+    multiply = Sparse.multiply
+    monkeypatch.setattr(Sparse, "multiply", lambda self, *a: calls.append(a[0].shape) or multiply(self, *a))
+    func.vmap(lambda x: products.multiply(matrix, x, w.detach()))(x.detach())
+    assert calls == [(64, 12)]
+
+
+def test_both_gradients_of_single_entries_come_from_one_kernel(monkeypatch):
+    matrix, _, x, w, bias, dy = problem(MATRICES["single entries"], False)
+    calls = []
+    for name in ("multiply", "sample", "gradients"):
+        kernel = getattr(Sparse, name)
+        monkeypatch.setattr(Sparse, name, lambda self, *a, k=kernel, name=name: calls.append(name) or k(self, *a))
+    torch.autograd.grad(products.multiply(matrix, x, w, bias), (x, w), dy)
+    assert calls == ["multiply", "gradients"]
+
+
+STRANGE = {
+    "a slice of columns": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "an expanded row": lambda x: x[:1].expand(x.shape),
+    "transposed": lambda x: x.T.contiguous().T,
+    "negated lazily": lambda x: torch.complex(x, x).conj().imag,
+    "an offset of one number": lambda x: torch.cat([x.reshape(-1)[:1], x.reshape(-1)])[1:].view(x.shape),
+}
+
+
+@each_matrix
+@pytest.mark.parametrize("name", STRANGE)
+def test_operands_of_every_layout_are_read_right(make, name):
+    matrix, dense, x, w, bias, _ = problem(make, False, batch=(6,))
+    x = STRANGE[name](x.detach())
+    torch.testing.assert_close(products.multiply(matrix, x, w, bias), x @ dense(w) + bias)
+    dy = STRANGE[name](torch.randn(6, bias.shape[0], dtype=torch.float64))
+    expected = torch.autograd.grad(x @ dense(w), w, dy)[0]
+    torch.testing.assert_close(products.sample(matrix, x, dy), expected)
+
+
+# ---- torch.ops.jaxsparse ---------------------------------------------------------------------------------
+
+
+def operator_calls():
+    for make in MATRICES.values():
+        matrix, _, x, w, bias, dy = problem(make, False, torch.float32, (4,))
+        if isinstance(matrix, Diagonal):
+            yield torch.ops.jaxsparse.block_diag_matmul.default, (x, w, bias, False)
+            yield torch.ops.jaxsparse.block_diag_matmul.default, (dy, w, None, True)
+            yield torch.ops.jaxsparse.block_diag_outer.default, (x, dy, matrix.sizes[0])
+            continue
+        how = list(matrix.index), list(matrix.sizes)
+        yield torch.ops.jaxsparse.spmm.default, (x, w, bias, *how, False)
+        yield torch.ops.jaxsparse.spmm.default, (dy, w, None, *how, True)
+        yield torch.ops.jaxsparse.sddmm.default, (x, dy, *how)
+        if matrix.fuses_gradients:
+            yield torch.ops.jaxsparse.spmm_grads.default, (x.detach(), w.detach(), dy.detach(), *how)
+
+
+@pytest.mark.parametrize("op, arguments", list(operator_calls()), ids=lambda a: str(a) if callable(a) else "")
+def test_the_operators_pass_opcheck(op, arguments):
+    assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+
+
+LAYERS = {
+    "block-diagonal": lambda **kw: BlockDiagLinear(12, 8, 2, **kw),
+    "block-sparse": lambda **kw: BlockSparseLinear(11, 7, 0.5, (4, 2), **kw),
+    "unstructured": lambda **kw: SparseLinear(12, 8, 0.4, **kw),
+}
+each_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+
+
+def step(call, layer, x):
+    x = x.clone().requires_grad_()
+    y = call(x)
+    return y, *torch.autograd.grad(y.square().sum(), (x, *layer.parameters()))
+
+
+@each_layer
+def test_a_compiled_layer_trains_for_all_batch_sizes_and_does_not_repeat_its_forward(make):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    layer, graphs = make(), []
+
+    def keep(graph, _):
+        graphs.append([str(n.target) for n in graph.graph.nodes if "jaxsparse" in str(n.target)])
+        return make_boxed_func(graph)
+
+    call = torch.compile(layer, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=keep))
+    for rows in (3, 5, 8):
+        x = torch.randn(rows, layer.in_features)
+        for got, want in zip(step(call, layer, x), step(layer, layer, x), strict=True):
+            torch.testing.assert_close(got, want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    forward, backward = graphs
+    assert len(forward) == 1 and len(backward) <= 2 and not set(forward) & {"jaxsparse.spmm_grads.default"}
+
+
+@each_layer
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_keeps_the_operator_and_a_dynamic_batch(make, strict):
+    layer = make().eval()
+    sizes = ({0: torch.export.Dim("batch", min=2)},)
+    program = torch.export.export(layer, (torch.randn(5, layer.in_features),), dynamic_shapes=sizes, strict=strict)
+    assert "jaxsparse" in str(program.graph)
+    for rows in (5, 9):
+        x = torch.randn(rows, layer.in_features)
+        torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@each_layer
+def test_jit_trace_follows_other_inputs_and_batch_sizes(make):
+    layer = make().eval()
+    traced = torch.jit.trace(layer, torch.randn(3, layer.in_features))
+    x = torch.randn(6, layer.in_features)
+    assert torch.equal(traced(x), layer(x))
+
+
+@each_layer
+def test_a_dispatch_mode_sees_the_operator(make):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    layer = make()
+    with Watch():
+        layer(torch.ones(2, layer.in_features)).sum().backward()
+    assert any("jaxsparse.spmm" in name or "jaxsparse.block_diag_matmul" in name for name in seen)
+
+
+@each_layer
+def test_the_way_through_jax_computes_the_same(make):
+    layer = make()
+    other = make(backend="xla")
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(5, layer.in_features)
+    for got, want in zip(step(layer, layer, x), step(other, other, x), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@each_layer
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_every_dtype_works_without_a_switch_in_jax(make, dtype):
+    layer = make(dtype=dtype)
+    x = torch.randn(5, layer.in_features, dtype=dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    wide = layer.to_linear().double()(x.double())
+    torch.testing.assert_close(y.double(), wide, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+
+
+def test_a_tensor_changed_between_forward_and_backward_raises_as_in_torch():
+    layer = SparseLinear(12, 8, 0.4)
+    x = torch.randn(3, 12, requires_grad=True)
+    y = layer(x).sum()
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    y = layer(x).sum()
+    layer.row_index.add_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
