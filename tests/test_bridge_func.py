@@ -105,7 +105,7 @@ def test_dropout_under_vmap_asks_for_a_choice_as_torchs_does():
 
 
 def test_what_torch_or_jax_cannot_transform_is_refused_with_a_reason():
-    sparse, x, w = BlockDiagLinear(6, 4, 2), torch.ones(2, 6), W.clone().requires_grad_()
+    sparse, x, w = BlockDiagLinear(6, 4, 2, backend="xla"), torch.ones(2, 6), W.clone().requires_grad_()
     with pytest.raises(TypeError) as error:
         func.jvp(sparse, (x,), (x,))
     assert any("Use reverse mode" in note for note in error.value.__notes__)

@@ -1,10 +1,11 @@
-"""The products on CPU tensors, straight to the kernels: values, derivatives in every mode, and every way of recording."""
+"""The products on CPU tensors, straight to the kernels: values, derivatives in every mode, recordings."""
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch_bridge needs torch")
+pytest.importorskip("torch", reason="torch_bridge needs torch")
 
 import numpy as np
+import torch
 from functorch.compile import make_boxed_func
 from torch import func
 from torch._dynamo.backends.common import aot_autograd
@@ -119,9 +120,11 @@ def ours_and_dense(make):
 TRANSFORMS = {
     "vmap over x": lambda f, x, w: func.vmap(f, (0, None))(x, w),
     "vmap over w": lambda f, x, w: func.vmap(f, (None, 0))(x, torch.stack([w, 2 * w])),
-    "vmap over both": lambda f, x, w: func.vmap(f, (1, 2))(torch.stack([x, x + 1], 1), torch.stack([w, 2 * w], -1))
-    if w.ndim == 2
-    else func.vmap(f)(torch.stack([x, x + 1]), torch.stack([w, 2 * w])),
+    "vmap over both": lambda f, x, w: (
+        func.vmap(f, (1, 2))(torch.stack([x, x + 1], 1), torch.stack([w, 2 * w], -1))
+        if w.ndim == 2
+        else func.vmap(f)(torch.stack([x, x + 1]), torch.stack([w, 2 * w]))
+    ),
     "vmap of vmap": lambda f, x, w: func.vmap(func.vmap(f, (0, None)), (None, 0))(x, torch.stack([w, w + 1])),
     "per-sample gradients": lambda f, x, w: func.vmap(func.grad(lambda w, x: f(x, w).sum()), (None, 0))(w, x),
     "jacrev": lambda f, x, w: func.jacrev(f, 1)(x, w),
@@ -180,6 +183,13 @@ def test_operands_of_every_layout_are_read_right(make, name):
     dy = STRANGE[name](torch.randn(6, bias.shape[0], dtype=torch.float64))
     expected = torch.autograd.grad(x @ dense(w), w, dy)[0]
     torch.testing.assert_close(products.sample(matrix, x, dy), expected)
+
+
+def test_a_batch_of_cotangents_by_the_old_vmap_is_refused_with_the_way_out():
+    matrix, _, x, w, bias, _ = problem(MATRICES["blocks"], False, batch=(5,))
+    y = products.multiply(matrix, x, w, bias).sum(1)
+    with pytest.raises(RuntimeError, match="torch.func.vmap and jacrev work"):
+        torch.autograd.grad(y, x, torch.eye(5, dtype=torch.float64), is_grads_batched=True)
 
 
 # ---- torch.ops.jaxsparse ---------------------------------------------------------------------------------

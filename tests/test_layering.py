@@ -40,11 +40,14 @@ TABLE = {
 PACKAGES = {"jaxsparse", "torch_bridge"}
 FOREIGN = {"torch", "jax", "numpy", "flax"}
 BRIDGE = {
-    "__init__.py": {"_errors", "dlpack", "function", "module", "nn", "patch"},
+    "__init__.py": {"_errors", "dlpack", "function", "module", "nn", "operators", "patch"},
     "_compressed.py": {"dlpack"},
     "_dense.py": set(),
     "_errors.py": set(),
     "_process.py": {"_errors"},
+    "_matrix.py": set(),
+    "products.py": {"_matrix"},
+    "operators.py": {"_matrix", "products"},
     "_product.py": {"function"},
     "checkpoint.py": set(),
     "dlpack.py": {"_errors", "_process"},
@@ -57,11 +60,12 @@ BRIDGE = {
     "_nnx.py": {"_errors", "_linen"},
     "model.py": {"_linen", "_nnx", "abstract", "autograd", "compile", "dlpack", "flat_op", "function"},
     "module.py": {"_errors", "_linen", "_nnx", "dlpack", "model"},
-    "nn.py": {"_compressed", "_dense", "_product", "dlpack"},
+    "nn.py": {"_compressed", "_dense", "_matrix", "_product", "dlpack", "operators", "products"},
     "patch.py": {"nn"},
 }
 SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
     "_compressed.py": {"jaxsparse.formats"},
+    "_matrix.py": {"cpu_kernels"},
     "_dense.py": {"jaxsparse.formats"},
     "checkpoint.py": {"jaxsparse.checkpoint"},
     "_product.py": {"jaxsparse.formats", "jaxsparse.ops"},

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from jaxsparse import _flax
 from jaxsparse.formats import BlockPattern
-from torch_bridge import _compressed, _dense, operators, products
+from torch_bridge import _compressed, _dense, products
 from torch_bridge._matrix import Diagonal, Sparse
 from torch_bridge._product import Product, edge_mask, traced
 from torch_bridge.dlpack import Views, jax_to_torch, torch_to_jax
@@ -65,7 +65,8 @@ class BlockDiagLinear(nn.Module):
         i = _flax.features_per_block("in_features", in_features, num_blocks)
         o = _flax.features_per_block("out_features", out_features, num_blocks)
         self.in_features, self.out_features, self.num_blocks = in_features, out_features, num_blocks
-        self._product = Product((num_blocks, i, o), precision=precision, backend=backend)
+        self._sizes = num_blocks, i, o
+        self._product = Product(self._sizes, precision=precision, backend=backend)
         self._traced = traced(self._product)
         self._views = Views(range(2 if bias else 1))
         _make_parameters(self, (num_blocks, i, o), out_features if bias else None, device, dtype)
@@ -91,7 +92,7 @@ class BlockDiagLinear(nn.Module):
         return _linear_of(self, torch.block_diag(*self.weight.detach()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _multiply(self, x, None, Diagonal(self._product.values_shape))
+        return _multiply(self, x, None, Diagonal(self._sizes))
 
     def extra_repr(self) -> str:
         return (

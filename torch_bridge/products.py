@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from torch_bridge._matrix import WHY_NOT, Matrix, plain
@@ -195,7 +196,15 @@ def _raw(matrix: Matrix, name: str, *operands) -> Any:
     """A product without derivatives: the kernel, or the operator where a mode or a subclass of Tensor looks on."""
     if torch._C._len_torch_dispatch_stack() or not _is_ordinary(operands[0]) or not _is_ordinary(operands[1]):
         return matrix.operator(name, *operands)
-    return getattr(matrix, name)(*operands)
+    try:
+        return getattr(matrix, name)(*operands)
+    except RuntimeError as error:
+        if not any(is_legacy_batchedtensor(t) for t in operands if t is not None):
+            raise
+        raise RuntimeError(
+            "autograd.grad(is_grads_batched=True) makes tensors without memory of their own, which the kernels can't "
+            "read; torch.func.vmap and jacrev work."
+        ) from error
 
 
 def _is_ordinary(t: Tensor) -> bool:
