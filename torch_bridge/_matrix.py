@@ -12,6 +12,8 @@ from torch import Tensor
 
 from cpu_kernels import direct
 
+_WIDE = (torch.float32, torch.float64)
+DENSE_FROM = 256  # features of a block
 WHY_NOT = direct.why_not(torch)  # the reason why CPU tensors can't be multiplied here without JAX, if there is one
 
 
@@ -95,15 +97,39 @@ class Diagonal:
         return self
 
     def multiply(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        y = like(x, self.sizes[0] * self.sizes[1 if self.transposed else 2])
-        _kernels().block_diag_matmul(plain(x), plain(w), bias, y, self.transposed)
+        n, i, o = self.sizes
+        y = like(x, n * (i if self.transposed else o))
+        if not self._is_dense_work(x):
+            _kernels().block_diag_matmul(plain(x), plain(w), bias, y, self.transposed)
+            return y
+        blocks = (w.mT if self.transposed else w).unbind()
+        parts = zip(self._slices(x), blocks, self._slices(y), strict=True)
+        if bias is None:
+            for x_n, w_n, y_n in parts:
+                torch.mm(x_n, w_n, out=y_n)
+        else:
+            for (x_n, w_n, y_n), b in zip(parts, bias.view(n, -1).unbind(), strict=True):
+                torch.addmm(b, x_n, w_n, out=y_n)
         return y
 
     def sample(self, x: Tensor, dy: Tensor) -> Tensor:
         x, dy = (dy, x) if self.transposed else (x, dy)
         values = x.new_empty(self.sizes)
-        _kernels().block_diag_outer(plain(x), plain(dy), values)
+        if not self._is_dense_work(x):
+            _kernels().block_diag_outer(plain(x), plain(dy), values)
+            return values
+        for x_n, dy_n, w_n in zip(self._slices(x), self._slices(dy), values.unbind(), strict=True):
+            torch.mm(x_n.mT, dy_n, out=w_n)
         return values
+
+    def _slices(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The features of every block, [rows, features], where they lie."""
+        n = self.sizes[0]
+        return plain(x).view(-1, n, x.shape[-1] // n).unbind(1)
+
+    def _is_dense_work(self, x: Tensor) -> bool:
+        """Blocks as large as dense layers: torch's own product is faster (docs/performance.md)."""
+        return x.dtype in _WIDE and min(self.sizes[1:]) >= DENSE_FROM
 
     def operator(self, name: str, *operands) -> Any:
         """The method of this name as one of torch's operators."""

@@ -318,10 +318,6 @@ def _multiply(layer: BlockDiagLinear | BlockSparseLinear, x: Tensor, index, matr
             f"the input is {x.dtype}, but the weight {weight.dtype}, and nothing is cast silently. Use "
             f"x.to({weight.dtype}), layer.to({x.dtype}), or torch.autocast."
         )
-    if not products.is_jit_traced() and (x.ndim == 0 or x.shape[-1] != layer.in_features):
-        raise ValueError(
-            f"the input of shape {tuple(x.shape)} must have {layer.in_features} features in its last dimension."
-        )
     if products.is_direct(x, weight, layer._product.backend):
         return products.multiply(matrix, x, weight, bias)
     return layer._traced((), {"bias": bias, "index": index, "weight": weight, "x": x}, views)

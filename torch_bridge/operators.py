@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from torch_bridge._matrix import Diagonal, Matrix, Sparse, like
 from torch_bridge.products import Multiply, Sample
@@ -44,6 +45,12 @@ def _sparse(index, sizes, transposed: bool = False) -> Sparse:
     return Sparse(tuple(index), tuple(sizes), transposed)
 
 
+def _rows(x: Tensor, features: int, out: int) -> Tensor:
+    if x.ndim == 0 or x.shape[-1] != features:
+        raise ValueError(f"x of shape {tuple(x.shape)} must have {features} features in its last dimension.")
+    return like(x, out)
+
+
 def _outer(x, dy, num_blocks) -> Diagonal:
     return Diagonal((num_blocks, x.shape[-1] // num_blocks, dy.shape[-1] // num_blocks))
 
@@ -53,7 +60,9 @@ _define(
     "multiply",
     3,
     matrix=lambda x, w, bias, *how: _sparse(*how),
-    shapes=lambda x, w, bias, index, sizes, transposed: like(x, sizes[0 if transposed else 1]),
+    shapes=lambda x, w, bias, index, sizes, transposed: _rows(
+        x, sizes[1 if transposed else 0], sizes[0 if transposed else 1]
+    ),
 )
 _define(
     "sddmm(Tensor x, Tensor dy, Tensor[] index, int[] sizes) -> Tensor",
@@ -74,7 +83,9 @@ _define(
     "multiply",
     3,
     matrix=lambda x, w, bias, transposed: Diagonal(tuple(w.shape), transposed),
-    shapes=lambda x, w, bias, transposed: like(x, w.shape[0] * w.shape[1 if transposed else 2]),
+    shapes=lambda x, w, bias, transposed: _rows(
+        x, *[w.shape[0] * w.shape[k] for k in ((2, 1) if transposed else (1, 2))]
+    ),
 )
 _define(
     "block_diag_outer(Tensor x, Tensor dy, int num_blocks) -> Tensor",

@@ -17,18 +17,15 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
-from torch_bridge._matrix import WHY_NOT, Matrix, plain
+from torch_bridge._matrix import WHY_NOT, Matrix
+
+_ORDINARY = (Tensor, torch.nn.Parameter)  # whose memory is their own
 
 
 def is_direct(x: Tensor, w: Tensor, backend: str | None) -> bool:
     """Whether a layer's product goes straight to the kernels. All others go through JAX: those on other devices, those
     whose back end is another by name, and all where `WHY_NOT` is a reason."""
-    return x.device.type == "cpu" == w.device.type and backend in (None, "cpu") and WHY_NOT is None
-
-
-def is_jit_traced() -> bool:
-    """Whether torch.jit.trace looks on, to which sizes are tensors."""
-    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return x.is_cpu and w.is_cpu and backend in (None, "cpu") and WHY_NOT is None
 
 
 def multiply(matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -67,11 +64,13 @@ def sample(matrix: Matrix, x: Tensor, dy: Tensor) -> Tensor:
 # y = xW + b gives dx = dy W^T, dW = x^T dy where W is stored, db = the sum of dy over rows.
 def _multiply_backward(matrix: Matrix, x: Tensor, w: Tensor, dy: Tensor, wanted: Sequence[bool]):
     for_x, for_w, for_bias = wanted
-    db = dy.reshape(-1, dy.shape[-1]).sum(0) if for_bias else None
-    if for_x and for_w and matrix.fuses_gradients and not (torch.is_grad_enabled() or _transforms_active()):
+    db = (dy if dy.ndim == 2 else dy.reshape(-1, dy.shape[-1])).sum(0) if for_bias else None
+    if torch.is_grad_enabled() or _transforms_active():  # these gradients have derivatives of their own
+        return multiply(matrix.T, dy, w) if for_x else None, sample(matrix, x, dy) if for_w else None, db
+    if for_x and for_w and matrix.fuses_gradients:
         return *_raw(matrix, "gradients", x, w, dy), db
-    dy = plain(dy) if for_x and for_w else dy
-    return multiply(matrix.T, dy, w) if for_x else None, sample(matrix, x, dy) if for_w else None, db
+    dx = _raw(matrix.T, "multiply", dy, w, None) if for_x else None
+    return dx, _raw(matrix, "sample", x, dy) if for_w else None, db
 
 
 # g = sample(x, dy) with the cotangent G, itself the values of such a matrix: dx = dy G^T and d(dy) = x G.
@@ -194,7 +193,7 @@ def _calls(info, dims: Sequence[int | None], operands: Sequence[Tensor | None]) 
 
 def _raw(matrix: Matrix, name: str, *operands) -> Any:
     """A product without derivatives: the kernel, or the operator where a mode or a subclass of Tensor looks on."""
-    if torch._C._len_torch_dispatch_stack() or not _is_ordinary(operands[0]) or not _is_ordinary(operands[1]):
+    if torch._C._len_torch_dispatch_stack() or type(operands[0]) not in _ORDINARY or type(operands[1]) not in _ORDINARY:
         return matrix.operator(name, *operands)
     try:
         return getattr(matrix, name)(*operands)
@@ -207,12 +206,8 @@ def _raw(matrix: Matrix, name: str, *operands) -> Any:
         ) from error
 
 
-def _is_ordinary(t: Tensor) -> bool:
-    return type(t) is Tensor or type(t) is torch.nn.Parameter
-
-
 def _is_recorded() -> bool:
-    return torch.compiler.is_compiling() or is_jit_traced()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _transforms_active() -> bool:

@@ -1,0 +1,51 @@
+"""Random patterns from torch's generator, and what lies beyond a matrix's edge: what a new layer needs, without JAX."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def random_index(grid: tuple[int, int], count: int) -> tuple[Tensor, ...]:
+    """The five int32 arrays of a pattern of `count` entries, as `BlockPattern.random` draws them.
+
+    Columns are equal to within one. A column of k entries draws one row from each of k strata, which are equal to
+    within one row; a random phase for each column moves the larger ones.
+    """
+    rows, cols = grid
+    per, extra = divmod(count, cols)
+    per_column = torch.full((cols,), per)
+    per_column[:extra] += 1
+    col_ptr = _pointers(per_column)
+    k = per_column.repeat_interleave(per_column)
+    column = torch.arange(cols).repeat_interleave(per_column)
+    slot = torch.arange(count) - col_ptr[column]
+    phase = _below(per_column.clamp(min=1))[column]
+    low, high = ((s * rows + phase) // k for s in (slot, slot + 1))
+    row = low + _below(high - low)
+    order = row.to(torch.int32).sort(stable=True).indices
+    index = col_ptr, row, _pointers(torch.bincount(row, minlength=rows)), column[order], order
+    return tuple([a.to(torch.int32) for a in index])
+
+
+def inside(index: tuple[Tensor, ...], shape: tuple[int, int], block: tuple[int, int]) -> Tensor | None:
+    """Which entries of [nnzb, i, o] values lie inside the stored matrix; None where all do."""
+    if shape[0] % block[0] == 0 and shape[1] % block[1] == 0:
+        return None
+    col_ptr, rows = index[0], index[1].long()
+    cols = torch.arange(len(col_ptr) - 1, device=rows.device).repeat_interleave(col_ptr.long().diff())
+    within = (
+        n[:, None] * b + torch.arange(b, device=n.device) < size
+        for n, b, size in zip((rows, cols), block, shape, strict=True)
+    )
+    in_rows, in_cols = within
+    return in_rows[:, :, None] & in_cols[:, None, :]
+
+
+def _pointers(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _below(bounds: Tensor) -> Tensor:
+    """Random integers from 0 up to each bound, which is left out."""
+    return (torch.rand(bounds.shape, dtype=torch.float64) * bounds).long()
