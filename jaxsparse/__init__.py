@@ -3,12 +3,11 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from jaxsparse.formats import BlockPattern
-from jaxsparse.ops import block_diag_matmul, sddmm, spmm
-
 if TYPE_CHECKING:
+    from jaxsparse.formats import BlockPattern
     from jaxsparse.linen import BlockDiagDense, BlockSparseDense, SparseDense
     from jaxsparse.nnx import BlockDiagLinear, BlockSparseLinear, SparseLinear
+    from jaxsparse.ops import block_diag_matmul, sddmm, spmm
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,16 +23,18 @@ __all__ = [
     "spmm",
 ]
 
-# Resolved at first use, so that `import jaxsparse` imports neither Flax nor torch.
-_LAYERS = {
+# Resolved at first use: torch's layers need no JAX, and the products no Flax.
+_HOMES = {
+    "BlockPattern": "jaxsparse.formats",
+    **dict.fromkeys(("block_diag_matmul", "sddmm", "spmm"), "jaxsparse.ops"),
     **dict.fromkeys(("BlockDiagDense", "BlockSparseDense", "SparseDense"), "jaxsparse.linen"),
     **dict.fromkeys(("BlockDiagLinear", "BlockSparseLinear", "SparseLinear"), "jaxsparse.nnx"),
 }
 
 
 def __getattr__(name: str):
-    if name in _LAYERS:
-        return getattr(importlib.import_module(_LAYERS[name]), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'jaxsparse' has no attribute {name!r}")
 
 

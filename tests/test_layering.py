@@ -40,14 +40,15 @@ TABLE = {
 PACKAGES = {"jaxsparse", "torch_bridge"}
 FOREIGN = {"torch", "jax", "numpy", "flax"}
 BRIDGE = {
-    "__init__.py": {"_errors", "dlpack", "function", "module", "nn", "operators", "patch"},
+    "__init__.py": {"_errors", "dlpack", "function", "module", "nn", "torch_ops", "patch"},
     "_compressed.py": {"dlpack"},
     "_dense.py": set(),
     "_errors.py": set(),
     "_process.py": {"_errors"},
+    "_draw.py": set(),
     "_matrix.py": set(),
     "products.py": {"_matrix"},
-    "operators.py": {"_matrix", "products"},
+    "torch_ops.py": {"_matrix", "products"},
     "_product.py": {"function"},
     "checkpoint.py": set(),
     "dlpack.py": {"_errors", "_process"},
@@ -60,7 +61,7 @@ BRIDGE = {
     "_nnx.py": {"_errors", "_linen"},
     "model.py": {"_linen", "_nnx", "abstract", "autograd", "compile", "dlpack", "flat_op", "function"},
     "module.py": {"_errors", "_linen", "_nnx", "dlpack", "model"},
-    "nn.py": {"_compressed", "_dense", "_matrix", "_product", "dlpack", "operators", "products"},
+    "nn.py": {"_compressed", "_dense", "_matrix", "_product", "dlpack", "products"},
     "patch.py": {"nn"},
 }
 SPARSE = {  # only the layers, and what makes or places them, know jaxsparse

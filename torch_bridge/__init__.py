@@ -5,7 +5,7 @@ without that: `jax.config.update("jax_cpu_enable_async_dispatch", False)`, befor
 (`benchmarks/bridge.py` measures both).
 """
 
-from torch_bridge import operators as operators  # registers torch.ops.jaxsparse
+from torch_bridge import torch_ops as torch_ops  # registers torch.ops.jaxsparse
 from torch_bridge._errors import BridgeError
 from torch_bridge.dlpack import jax_to_torch, torch_to_jax
 from torch_bridge.function import jax2torch
