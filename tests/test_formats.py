@@ -213,6 +213,14 @@ def test_an_unsorted_scipy_matrix_is_sorted_with_its_values():
     np.testing.assert_array_equal(pattern.to_dense(values), matrix.toarray())
 
 
+@pytest.mark.parametrize("block", [1, (8, 16)])
+def test_flops_at_density_1_are_what_xla_counts_for_the_dense_product(block):
+    pattern = BlockPattern.random(KEY, (64, 32), density=1, block=block)
+    dense = jax.jit(jnp.matmul).lower(jnp.ones((6, 64)), jnp.ones((64, 32))).cost_analysis()
+    assert pattern.flops(6) == pattern.T.flops(6) == dense["flops"] == 6 * 64 * 32 * 2
+    assert BlockPattern.random(KEY, (64, 32), density=0.25, block=block).flops(6) == pattern.flops(6) // 4
+
+
 def test_effective_fans():
     pattern = BlockPattern.random(KEY, (200, 100), density=0.1)
     assert (pattern.fan_in, pattern.fan_out) == (20, 10)
