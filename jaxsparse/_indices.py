@@ -121,7 +121,7 @@ def lines_of(ptr: np.ndarray, lines: int, index: np.ndarray, values: Sized, what
             "0 to the number of both. Cut off what is too much, or build the matrix anew, from the row and the column "
             "of every entry."
         )
-    return np.repeat(np.arange(lines), counts)
+    return np.repeat(np.arange(lines, dtype=np.int32), counts)
 
 
 def as_pair(block) -> tuple[int, int]:
