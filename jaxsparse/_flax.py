@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import flax.serialization
 import jax
@@ -61,14 +62,30 @@ def features_per_block(name: str, features: int, num_blocks: int) -> int:
     return size
 
 
-def make_pattern(make_key, shape: tuple[int, int], density, block, pattern, mask) -> BlockPattern:
+def make_pattern(
+    make_key: Callable[[], jax.Array], shape: tuple[int, int], density, block, pattern, mask
+) -> BlockPattern:
     """The pattern of an (in, out) matrix that exactly one of `density`, `pattern` and `mask` asks for."""
     name = check_one(density, pattern, mask)
     if name == "density":
+        if density == 0:
+            raise ValueError(
+                "density=0 leaves a layer without a weight. Give a density above 0, or where a layer is to be its bias "
+                f"alone, an empty pattern: BlockPattern.random(key, {shape}, density=0)."
+            )
         return BlockPattern.random(make_key(), shape, density=density, block=block)
     pattern = pattern if name == "pattern" else BlockPattern.from_mask(mask, block)
     check_fits(pattern, shape, name)
     return pattern
+
+
+def pattern_key(seed: int, place: int | jax.Array) -> jax.Array:
+    """The key of a random pattern: it depends on a seed and on the layer's place in the model, and on nothing else.
+
+    So two models of one code have one pattern, whatever key their values were drawn from, and parameters that were
+    saved alone come back to the places they were trained at. The generator is named: JAX's default may be another.
+    """
+    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), place)
 
 
 def check_one(density, pattern, mask) -> str:

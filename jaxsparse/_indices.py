@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
+from collections.abc import Sized
 from typing import NamedTuple
 
 import jax
@@ -93,6 +95,35 @@ def check_indices(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> 
         )
 
 
+def lines_of(ptr: np.ndarray, lines: int, index: np.ndarray, values: Sized, what: str) -> np.ndarray:
+    """The line of every entry of a compressed matrix, CSR, CSC or BSR: line k has those from ptr[k] to ptr[k + 1].
+
+    Args:
+      lines: the number of rows (of columns in CSC; of blocks along them in BSR).
+      index, values: what is stored; only their lengths are looked at.
+      what: where `ptr` comes from, for messages.
+    Raises:
+      ValueError: unless `ptr` is `lines + 1` integers that start at 0, never fall, and end at the number of entries.
+    """
+    ptr, stored = np.asarray(ptr), len(index)
+    if ptr.shape != (lines + 1,) or ptr.dtype.kind not in "iu":
+        raise ValueError(f"{what} is {ptr.dtype} of shape {ptr.shape}, but {lines} lines need {lines + 1} integers.")
+    counts = np.diff(ptr.astype(np.int64))
+    if (counts < 0).any():
+        k = int(np.argmax(counts < 0))
+        raise ValueError(
+            f"{what} falls from {ptr[k]} to {ptr[k + 1]} at position {k + 1}: it must say how many entries stand "
+            "before each line. Build the matrix anew, from the row and the column of every entry."
+        )
+    if ptr[0] != 0 or ptr[-1] != stored or len(values) != stored:
+        raise ValueError(
+            f"{what} runs from {ptr[0]} to {ptr[-1]}, with {stored} indices and {len(values)} values: it must run from "
+            "0 to the number of both. Cut off what is too much, or build the matrix anew, from the row and the column "
+            "of every entry."
+        )
+    return np.repeat(np.arange(lines, dtype=np.int32), counts)
+
+
 def as_pair(block) -> tuple[int, int]:
     """(i, o) of a block given as a pair or as one int."""
     try:
@@ -136,5 +167,19 @@ def count_kept(density: float, blocks: int) -> int:
         raise ValueError(
             f"density={density} of {blocks} blocks keeps {count}, more than int32 can index ({INT32_MAX}). "
             "Use larger blocks, a lower density, or split the matrix."
+        )
+    return count
+
+
+def count_stored(density: float, shape: tuple[int, int], block: tuple[int, int]) -> int:
+    """How many blocks a new pattern stores: `count_kept` of its grid, which is 0 for a density of 0 alone."""
+    blocks = math.prod(grid_of(shape, block))
+    count = count_kept(density, blocks)
+    if count == 0 and density > 0:
+        smaller = "" if block == (1, 1) else ", or smaller blocks"
+        raise ValueError(
+            f"density={density} keeps nothing of a {shape} (in, out) matrix, which is {blocks} blocks of {block}: "
+            f"{density} x {blocks} = {float(density) * blocks:.3g}, rounded 0. Give a density of at least "
+            f"1 / {blocks} = {1 / blocks:.3g}{smaller}; density=0 if nothing is to be stored."
         )
     return count

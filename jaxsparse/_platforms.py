@@ -69,9 +69,22 @@ def _run(*leaves, choice):
     return choice(jax.default_backend())(*leaves)
 
 
+# Inside `jax.shard_map` a result varies over every mesh axis that an operand varies over, as that of any product does:
+# then a part of a sum is no replicated result, and `shard_map` refuses it as such. The functions themselves are traced
+# on types without those axes. They compute on one device and know no mesh, and a kernel does not say what varies.
 @_choose.def_abstract_eval
 def _shapes(*leaves, choice):
-    return jax.tree.leaves(jax.make_jaxpr(choice(jax.default_backend()))(*leaves).out_avals)
+    results = jax.make_jaxpr(choice(jax.default_backend()))(*_varying(leaves, frozenset())).out_avals
+    axes = frozenset().union(*(leaf.manual_axis_type.varying for leaf in leaves))
+    return _varying(jax.tree.leaves(results), axes)
+
+
+def _varying(types: Sequence[Any], axes: frozenset) -> list[Any]:
+    """The types as they vary over these mesh axes, and no others."""
+    return [
+        t if t.manual_axis_type.varying == axes else t.update(manual_axis_type=type(t.manual_axis_type)(varying=axes))
+        for t in types
+    ]
 
 
 def _vmap(leaves, axes, *, choice):
@@ -92,6 +105,7 @@ def _without_unused(used: Sequence[bool], *of_inputs_and_equation):
 
 
 def _lowered(platform, ctx, *leaves, choice):
+    ctx = ctx.replace(avals_in=_varying(ctx.avals_in, frozenset()))
     return mlir.lower_fun(choice(platform), multiple_results=True)(ctx, *leaves)
 
 

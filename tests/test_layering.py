@@ -61,7 +61,7 @@ BRIDGE = {
     "patch.py": {"nn"},
 }
 SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
-    "_compressed.py": {"jaxsparse.formats"},
+    "_compressed.py": {"jaxsparse._indices", "jaxsparse.formats"},
     "_dense.py": {"jaxsparse.formats"},
     "checkpoint.py": {"jaxsparse.checkpoint"},
     "_product.py": {"jaxsparse.formats", "jaxsparse.ops"},

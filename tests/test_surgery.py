@@ -100,6 +100,14 @@ def test_fresh_layers_are_drawn_from_the_rngs():
     assert (heads[0] == heads[1]).all() and not (heads[0] == heads[2]).any()
     with pytest.raises(ValueError, match="give rngs"):
         sparsify(Net(), RULES, fresh=True)
+    one, two = (sparsify(Net(), RULES, fresh=True, rngs=nnx.Rngs(seed))[0] for seed in (1, 2))
+    nnx.update(two, nnx.state(one, nnx.Param))  # parameters alone: the patterns are the same
+    assert (two(X) == one(X)).all()
+
+
+def test_a_density_that_keeps_nothing_of_a_layer_is_refused_by_its_path():
+    with pytest.raises(ValueError, match=r"head: density=0.0001 keeps nothing of a \(\d+, \d+\) \(in, out\) matrix"):
+        sparsify(Net(), [("head", {"kind": "sparse", "density": 1e-4})])
 
 
 def test_a_layer_in_two_places_stays_one_and_a_shared_kernel_is_refused():
