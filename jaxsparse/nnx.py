@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,7 +19,24 @@ _bias_init = nnx.initializers.zeros_init()
 
 
 class Pattern(nnx.Variable):
-    """Holds a BlockPattern: read it with `get_value()`, replace it with `set_value(...)`."""
+    """Holds a BlockPattern: read it with `get_value()`, replace it with `set_value(...)`.
+
+    It takes also the dict that Orbax makes of a pattern, which `BlockPattern.from_state` then checks; so do
+    `nnx.update` and `nnx.merge` of a pure dict. One of another shape or block than the pattern in place is refused.
+    """
+
+    def create_value(self, value):
+        return super().create_value(_as_pattern(value))
+
+    def set_value(self, value, **options):
+        super().set_value(_as_pattern(value, self.get_raw_value()), **options)
+
+    def set_raw_value(self, value, **options):
+        super().set_raw_value(_as_pattern(value, self.get_raw_value()), **options)
+
+    @classmethod
+    def from_metadata(cls, value, attributes):
+        return super().from_metadata(_as_pattern(value), attributes)
 
 
 class BlockDiagLinear(nnx.Module):
@@ -142,6 +160,19 @@ class SparseLinear(BlockSparseLinear):
         if "block" in options:
             raise TypeError("SparseLinear stores single entries and takes no block; BlockSparseLinear does.")
         super().__init__(in_features, out_features, block=(1, 1), rngs=rngs, **options)
+
+
+def _as_pattern(value: Any, before: Any = None) -> Any:
+    """What a `Pattern` is given; a dict of a pattern's arrays as that pattern, which must fit the one before."""
+    if not isinstance(value, Mapping):
+        return value
+    value = value["value"] if set(value) == {"value"} else value  # so does Orbax save a variable
+    pattern = BlockPattern.from_state(value)
+    if isinstance(before, BlockPattern):
+        sizes = [(p.shape, p.block, p.transposed) for p in (pattern, before)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"the saved {pattern} does not fit the layer's {before}: make the layer as it was saved.")
+    return pattern
 
 
 def _bias(init: Initializer, features: int, dtype: Dtype, use_bias: bool, rngs: nnx.Rngs):
