@@ -75,7 +75,7 @@ def _fill_pattern(target: BlockPattern, pattern: BlockPattern, place: Callable[[
     for name in Index._fields:
         got, like = getattr(pattern, name), getattr(target, name)
         if name == "row_index" and {str(getattr(a, "dtype", "")) for a in (got, like)} == {"int32", "uint16"}:
-            got = got.astype(like.dtype)  # indices are the same numbers in either
+            got = np.asarray(got).astype(like.dtype)  # indices are the same numbers in either
         fields[name] = fill(like, got, place, (*path, name))
     return dataclasses.replace(pattern, **fields)
 

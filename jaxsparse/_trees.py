@@ -262,7 +262,7 @@ def _pattern(col_ptr: np.ndarray, row_index: np.ndarray, node: dict[str, Any]) -
     grid = _indices.grid_of(sizes["shape"], sizes["block"])
     index = _indices.from_pointers(col_ptr, row_index, (grid[1], grid[0]) if sizes["transposed"] else grid)
     if row_index.dtype == np.uint16:  # a narrow index stays one
-        index = index._replace(row_index=index.row_index.astype(np.uint16))
+        index = index._replace(row_index=jnp.array(row_index))
     return BlockPattern(**index._asdict(), **sizes)
 
 
