@@ -61,8 +61,7 @@ def stratified(key: jax.Array, grid: tuple[int, int], count: int) -> Index:
 
 def from_sorted(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> Index:
     """The index arrays of coordinates that are sorted by column, computed on the host."""
-    # jnp.array copies: jnp.asarray may share the caller's memory, and the caller may write into it.
-    return Index(*(jnp.array(a) for a in _all_arrays(rows, cols, grid)))
+    return Index(*(jnp.asarray(a) for a in _all_arrays(rows, cols, grid)))
 
 
 def from_pointers(col_ptr: np.ndarray, row_index: np.ndarray, grid: tuple[int, int]) -> Index:
@@ -74,7 +73,7 @@ def from_pointers(col_ptr: np.ndarray, row_index: np.ndarray, grid: tuple[int, i
     """
     leading = row_index.shape[:-1]
     if not leading:
-        return Index(*(jnp.array(a) for a in _all_from_pointers(col_ptr, row_index, grid)))
+        return Index(*(jnp.asarray(a) for a in _all_from_pointers(col_ptr, row_index, grid)))
     if col_ptr.shape[:-1] != leading:
         raise ValueError(f"col_ptr and row_index are a stack of the same axes, got {col_ptr.shape}, {row_index.shape}.")
     sizes = (grid[1] + 1, row_index.shape[-1], grid[0] + 1, row_index.shape[-1], row_index.shape[-1])
@@ -82,7 +81,7 @@ def from_pointers(col_ptr: np.ndarray, row_index: np.ndarray, grid: tuple[int, i
     for place in np.ndindex(leading):
         for a, one in zip(stack, _all_from_pointers(col_ptr[place], row_index[place], grid), strict=True):
             a[place] = one
-    return Index(*(jnp.array(a) for a in stack))
+    return Index(*(jnp.asarray(a) for a in stack))
 
 
 def check_index(index: Index, grid: tuple[int, int]) -> None:
@@ -100,7 +99,7 @@ def check_index(index: Index, grid: tuple[int, int]) -> None:
 
 def _all_arrays(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> tuple[np.ndarray, ...]:
     """The arrays of `Index`, on the host."""
-    rows, cols = rows.astype(np.int32), cols.astype(np.int32)
+    rows, cols = rows.astype(np.int32), cols.astype(np.int32)  # copies: JAX may share the memory of what it is given
     order = _order(rows, grid[0])
     return _bounds(cols, grid[1]), rows, _bounds(rows, grid[0]), cols[order], order
 

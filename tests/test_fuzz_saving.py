@@ -206,7 +206,7 @@ def test_any_tree_of_tensors_is_saved_and_loaded(path):
         leaf = draw_array(rng) if rng.integers(2) else NUMBERS[rng.integers(len(NUMBERS))]
         return np.asarray(leaf, np.float32) if "int4" in str(getattr(leaf, "dtype", "")) else leaf  # torch has none
 
-    @FUZZ
+    @settings(FUZZ, max_examples=EXAMPLES // 4)
     @given(seeds)
     def check(seed):
         rng = np.random.default_rng(seed)
@@ -250,7 +250,7 @@ CONVERSIONS = {
 
 @pytest.mark.parametrize("name", CONVERSIONS)
 def test_any_pattern_is_converted_and_back(name):
-    @settings(FUZZ, max_examples=EXAMPLES // 4)
+    @settings(FUZZ, max_examples=EXAMPLES // 8)
     @given(matrices())
     def check(matrix):
         pattern, values, dtype = matrix
@@ -268,7 +268,7 @@ def test_any_pattern_becomes_a_compressed_tensor_of_torch_and_back():
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     from torch_bridge import _compressed
 
-    @settings(FUZZ, max_examples=EXAMPLES // 4)
+    @settings(FUZZ, max_examples=EXAMPLES // 8)
     @given(matrices())
     def check(matrix):
         pattern, values, _ = matrix
