@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -99,6 +98,11 @@ def check_one(density, pattern, mask) -> str:
 
 def check_fits(pattern: BlockPattern, shape: tuple[int, int], name: str = "pattern") -> None:
     """Raises ValueError unless the pattern is of an (in, out) matrix of this shape."""
+    if not isinstance(pattern, BlockPattern):
+        raise ValueError(
+            f"the {name} is a {type(pattern).__name__}, not a BlockPattern. Of what Orbax restored without a target, "
+            "jaxsparse.checkpoint.restore_patterns(variables) makes patterns again."
+        )
     if pattern.shape != shape:
         remedy = "Transpose it." if pattern.shape == shape[::-1] else f"Make one of shape {shape}."
         raise ValueError(
@@ -121,12 +125,14 @@ def _to_state_dict(pattern: BlockPattern) -> dict:
 
 
 def _from_state_dict(target: BlockPattern, state: dict) -> BlockPattern:
-    found = {name: np.shape(a) if name in _Index._fields else np.asarray(a) for name, a in state.items()}
-    for name, size in _sizes(target).items():
-        if name not in found or list(found[name]) != size:
-            what = f"has {name} {list(map(int, found[name]))}" if name in found else f"lacks {name}"
-            raise ValueError(f"the saved pattern {what}, but the model's {target} has {size}: they don't fit.")
-    return dataclasses.replace(target, **{name: state[name] for name in _Index._fields})
+    pattern = BlockPattern.from_state(state)
+    found, wanted = _sizes(pattern), _sizes(target)
+    for name, size in wanted.items():
+        if found[name] != size:
+            raise ValueError(
+                f"the saved pattern has {name} {found[name]}, but the model's {target} has {size}: they don't fit."
+            )
+    return pattern
 
 
 flax.serialization.register_serialization_state(BlockPattern, _to_state_dict, _from_state_dict, override=True)

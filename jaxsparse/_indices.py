@@ -63,10 +63,81 @@ def stratified(key: jax.Array, grid: tuple[int, int], count: int) -> Index:
 
 def from_sorted(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> Index:
     """The index arrays of coordinates that are sorted by column, computed on the host."""
-    order = np.argsort(rows, kind="stable")
-    bounds = ((cols, grid[1]), (rows, grid[0]))
-    col_ptr, row_ptr = (np.searchsorted(np.sort(a), np.arange(n + 1)) for a, n in bounds)
-    return Index(*(jnp.asarray(a, jnp.int32) for a in (col_ptr, rows, row_ptr, cols[order], order)))
+    return Index(*(jnp.asarray(a) for a in _all_arrays(rows, cols, grid)))
+
+
+def from_pointers(col_ptr: np.ndarray, row_index: np.ndarray, grid: tuple[int, int]) -> Index:
+    """The index arrays of the two that say everything, which are checked; with leading axes, a stack of them.
+
+    Raises:
+      ValueError: unless the pointers begin at 0, never fall and end at the number of entries, and the rows are in
+        range and ascend within each column.
+    """
+    leading = row_index.shape[:-1]
+    if not leading:
+        return Index(*(jnp.asarray(a) for a in _all_from_pointers(col_ptr, row_index, grid)))
+    if col_ptr.shape[:-1] != leading:
+        raise ValueError(f"col_ptr and row_index are a stack of the same axes, got {col_ptr.shape}, {row_index.shape}.")
+    sizes = (grid[1] + 1, row_index.shape[-1], grid[0] + 1, row_index.shape[-1], row_index.shape[-1])
+    stack = [np.zeros((*leading, size), np.int32) for size in sizes]
+    for place in np.ndindex(leading):
+        for a, one in zip(stack, _all_from_pointers(col_ptr[place], row_index[place], grid), strict=True):
+            a[place] = one
+    return Index(*(jnp.asarray(a) for a in stack))
+
+
+def check_index(index: Index, grid: tuple[int, int]) -> None:
+    """Raises ValueError unless five concrete arrays, with the same leading axes if any, are patterns of this grid."""
+    arrays = {name: np.asarray(a) for name, a in index._asdict().items()}
+    shapes, leading = {name: a.shape for name, a in arrays.items()}, arrays["row_index"].shape[:-1]
+    if any(shape[:-1] != leading for shape in shapes.values()) or not all(shapes.values()):
+        raise ValueError(f"these are not the arrays of one pattern, nor of a stack of them: {shapes}.")
+    for place in np.ndindex(leading):
+        right = _all_from_pointers(arrays["col_ptr"][place], arrays["row_index"][place], grid)
+        for (name, a), want in zip(arrays.items(), right, strict=True):
+            if a.dtype.kind not in "iu" or not np.array_equal(a[place], want):
+                raise ValueError(f"{name} is not what follows from col_ptr and row_index: it was changed.")
+
+
+def _all_arrays(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> tuple[np.ndarray, ...]:
+    """The arrays of `Index`, on the host."""
+    rows, cols = rows.astype(np.int32), cols.astype(np.int32)  # copies: JAX may share the memory of what it is given
+    order = _order(rows, grid[0])
+    return _bounds(cols, grid[1]), rows, _bounds(rows, grid[0]), cols[order], order
+
+
+def _all_from_pointers(col_ptr: np.ndarray, row_index: np.ndarray, grid: tuple[int, int]) -> tuple[np.ndarray, ...]:
+    if col_ptr.shape != (grid[1] + 1,) or row_index.ndim != 1:
+        raise ValueError(
+            f"{grid[1]} columns take a col_ptr of shape ({grid[1] + 1},) and a vector row_index, got {col_ptr.shape} "
+            f"and {row_index.shape}."
+        )
+    if col_ptr.dtype.kind not in "iu":
+        raise ValueError(f"col_ptr must be integers, got {col_ptr.dtype}.")
+    counts = np.diff(col_ptr.astype(np.int64))
+    if col_ptr[0] != 0 or col_ptr[-1] != row_index.size or (counts < 0).any():
+        raise ValueError(
+            f"col_ptr goes from {col_ptr[0]} to {col_ptr[-1]} and falls {np.count_nonzero(counts < 0)} times; it must "
+            f"rise from 0 to the {row_index.size} entries of row_index."
+        )
+    cols = np.repeat(np.arange(grid[1], dtype=np.int32), counts)
+    check_indices(row_index, cols, grid)
+    return _all_arrays(row_index, cols, grid)
+
+
+def _order(rows: np.ndarray, size: int) -> np.ndarray:
+    """A stable argsort, 16 bits at a time: of those NumPy sorts by radix, in linear time."""
+    order = np.argsort(rows.astype(np.uint16), kind="stable").astype(np.int32)  # by the lower 16 bits
+    if size > 2**16:
+        order = order[np.argsort((rows[order] >> 16).astype(np.uint16), kind="stable")]
+    return order
+
+
+def _bounds(index: np.ndarray, size: int) -> np.ndarray:
+    """int32 [size + 1]: how many entries of `index` lie before each of 0 to `size`."""
+    bounds = np.zeros(size + 1, np.int32)
+    np.cumsum(np.bincount(index, minlength=size), out=bounds[1:])
+    return bounds
 
 
 def check_indices(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -226,6 +227,20 @@ class BlockPattern:
         i, o = as_pair(block)
         n = np.arange(operator.index(num_blocks))
         return cls.from_indices(n, n, shape=(num_blocks * i, num_blocks * o), block=(i, o))
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> BlockPattern:
+        """The pattern of a dict that a saver made of one: its arrays under the names of its leaves, or with its sizes.
+
+        That is what Orbax restores without a target, and `flax.serialization.to_state_dict`. A stack comes back as one.
+
+        Raises:
+          ValueError: for other keys, for leaves of different sizes, and unless all five arrays, which must be concrete,
+            say the same pattern.
+        """
+        from jaxsparse import _states
+
+        return _states.from_state(state)
 
     @classmethod
     def _of(cls, index: Index, shape: tuple[int, int], block: tuple[int, int]) -> BlockPattern:

@@ -10,6 +10,7 @@ it, and layers stacked under `nnx.split_rngs` get one each; then the patterns mu
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -26,7 +27,24 @@ _bias_init = nnx.initializers.zeros_init()
 
 
 class Pattern(nnx.Variable):
-    """Holds a BlockPattern: read it with `get_value()`, replace it with `set_value(...)`."""
+    """Holds a BlockPattern: read it with `get_value()`, replace it with `set_value(...)`.
+
+    It takes also the dict that Orbax makes of a pattern, which `BlockPattern.from_state` then checks; so do
+    `nnx.update` and `nnx.merge` of a pure dict. One of another shape or block than the pattern in place is refused.
+    """
+
+    def create_value(self, value):
+        return super().create_value(_as_pattern(value))
+
+    def set_value(self, value, **options):
+        super().set_value(_as_pattern(value, self.get_raw_value()), **options)
+
+    def set_raw_value(self, value, **options):
+        super().set_raw_value(_as_pattern(value, self.get_raw_value()), **options)
+
+    @classmethod
+    def from_metadata(cls, value, attributes):
+        return super().from_metadata(_as_pattern(value), attributes)
 
 
 class BlockDiagLinear(nnx.Module):
@@ -157,12 +175,26 @@ class SparseLinear(BlockSparseLinear):
         super().__init__(in_features, out_features, block=(1, 1), rngs=rngs, **options)
 
 
+<<<<<<< HEAD
 def _pattern_key(rngs: nnx.Rngs, seed: int) -> jax.Array:
     """From the stream "pattern" where there is one; else the same in every model that draws this layer after as many
     others: the number of keys that were taken before does not depend on the keys, and may be traced."""
     place = rngs.params.count[...]
     rngs.params()  # not used; the values drawn after it stay what they were when patterns came from here
     return rngs.pattern() if "pattern" in rngs else _flax.pattern_key(seed, place)
+=======
+def _as_pattern(value: Any, before: Any = None) -> Any:
+    """What a `Pattern` is given; a dict of a pattern's arrays as that pattern, which must fit the one before."""
+    if not isinstance(value, Mapping):
+        return value
+    value = value["value"] if set(value) == {"value"} else value  # so does Orbax save a variable
+    pattern = BlockPattern.from_state(value)
+    if isinstance(before, BlockPattern):
+        sizes = [(p.shape, p.block, p.transposed) for p in (pattern, before)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"the saved {pattern} does not fit the layer's {before}: make the layer as it was saved.")
+    return pattern
+>>>>>>> ckpt
 
 
 def _bias(init: Initializer, features: int, dtype: Dtype, use_bias: bool, rngs: nnx.Rngs):

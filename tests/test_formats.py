@@ -285,3 +285,24 @@ def test_a_duplicate_in_scipy_is_refused():
     matrix = scipy.sparse.coo_array(([1.0, 2.0], ([0, 0], [1, 1])), shape=(3, 2))
     with pytest.raises(ValueError, match="duplicate"):
         BlockPattern.from_scipy(matrix)
+
+
+@pytest.mark.parametrize("size", [2**16, 2**16 + 1, 3 * 2**16])
+def test_indices_of_many_rows_are_sorted_into_row_order(size):
+    rows, cols = np.array([0, 7, 2**16 - 1, size - 1, 1, size - 1]), np.array([0, 0, 0, 1, 2, 2])
+    keep = np.append(True, (np.diff(rows) != 0) | (np.diff(cols) != 0))
+    pattern = BlockPattern.from_indices(rows[keep], cols[keep], shape=(size, 3))
+    order = np.lexsort((cols[keep], rows[keep]))
+    np.testing.assert_array_equal(pattern.order, order)
+    np.testing.assert_array_equal(pattern.col_index, cols[keep][order])
+    np.testing.assert_array_equal(pattern.row_ptr, np.searchsorted(rows[keep][order], np.arange(size + 1)))
+
+
+def test_a_pattern_does_not_change_with_the_arrays_that_it_was_made_of():
+    memory = np.zeros(4 * 64 + 64, np.uint8)
+    start = -memory.ctypes.data % 64  # aligned as JAX wants memory that it shares
+    rows = memory[start : start + 4 * 64].view(np.int32)
+    rows[:] = np.arange(64)
+    pattern = BlockPattern.from_indices(rows, np.zeros(64, np.int32), shape=(64, 1))
+    rows[:] = 0
+    np.testing.assert_array_equal(pattern.row_index, np.arange(64))

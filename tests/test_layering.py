@@ -15,14 +15,14 @@ OPS = FORMATS | {"jaxsparse.ops"}
 TABLE = {
     "jaxsparse/__init__.py": {"jaxsparse.formats", "jaxsparse.ops", "jaxsparse.linen", "jaxsparse.nnx"},
     "jaxsparse/_indices.py": NUMERIC,
-    "jaxsparse/formats.py": NUMERIC | BASE | {"jaxsparse._interop", "scipy"},
+    "jaxsparse/formats.py": NUMERIC | BASE | {"jaxsparse._interop", "jaxsparse._states", "scipy"},
     "jaxsparse/_interop.py": NUMERIC | FORMATS | {"scipy"},
     "jaxsparse/reference.py": {"numpy", "jaxsparse.formats"},
     "jaxsparse/_xla.py": NUMERIC | BASE,
     "jaxsparse/_platforms.py": {"jax"},
     "jaxsparse/_backends.py": {"jax", "jaxsparse._platforms", "jaxsparse._xla", "cpu_kernels", "pallas_kernels"},
     "jaxsparse/ops.py": NUMERIC | {"jaxsparse.formats", "jaxsparse._backends", "jaxsparse._xla"},
-    "jaxsparse/_flax.py": NUMERIC | {"flax", "jaxsparse.formats"},
+    "jaxsparse/_flax.py": NUMERIC | {"flax", "jaxsparse.formats", "jaxsparse._states"},
     "jaxsparse/linen.py": NUMERIC | OPS | {"flax", "jaxsparse._flax"},
     "jaxsparse/nnx.py": NUMERIC | OPS | {"flax", "jaxsparse._flax"},
     "jaxsparse/_rules.py": BASE,
@@ -34,7 +34,10 @@ TABLE = {
     "jaxsparse/pruning.py": NUMERIC | BASE | {"optax", "jaxsparse._select"},
     "jaxsparse/dynamic.py": NUMERIC | FORMATS | {"jaxsparse._carry", "jaxsparse._places", "jaxsparse._select"},
     "jaxsparse/convert.py": {"numpy", "jaxtyping", "jaxsparse.formats"},
-    "jaxsparse/checkpoint.py": NUMERIC | FORMATS,
+    "jaxsparse/_states.py": NUMERIC | FORMATS,
+    "jaxsparse/_trees.py": NUMERIC | FORMATS,
+    "jaxsparse/_targets.py": NUMERIC | FORMATS | {"jaxsparse._trees"},
+    "jaxsparse/checkpoint.py": NUMERIC | {"jaxsparse._states", "jaxsparse._targets", "jaxsparse._trees"},
     "jaxsparse/testing.py": NUMERIC | {"jaxsparse.formats", "jaxsparse.reference"},
 }
 PACKAGES = {"jaxsparse", "torch_bridge"}
@@ -63,7 +66,7 @@ BRIDGE = {
 SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
     "_compressed.py": {"jaxsparse._indices", "jaxsparse.formats"},
     "_dense.py": {"jaxsparse.formats"},
-    "checkpoint.py": {"jaxsparse.checkpoint"},
+    "checkpoint.py": {"jaxsparse._targets", "jaxsparse._trees", "jaxsparse.checkpoint"},
     "_product.py": {"jaxsparse.formats", "jaxsparse.ops"},
     "nn.py": {"jaxsparse._flax", "jaxsparse.formats"},
     "patch.py": {"jaxsparse._rules"},
