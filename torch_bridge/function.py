@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from torch_bridge._errors import BridgeError
-from torch_bridge.autograd import NO_VIEWS, run
-from torch_bridge.compile import call, in_graph, new_handle
+from torch_bridge.autograd import run
+from torch_bridge.compile import in_graph, new_handle
 from torch_bridge.dlpack import Views, receive
 from torch_bridge.flat_op import FlatOp, Out
+from torch_bridge.operator import NO_VIEWS, call_in_graph
 
 _MANY = 16  # compilations of a kind, before a warning
 
@@ -89,7 +90,7 @@ class TracedFunction:
     def in_graph(self, args: tuple, kwargs: dict) -> Any:
         """The same on tensors of a graph that is being made."""
         tensors, key = self.split(args, kwargs)
-        outputs, tree = call(self.op(key), tensors)
+        outputs, tree = call_in_graph(self.op(key), tensors)
         return jax.tree.unflatten(tree, outputs)
 
     def split(self, args: tuple, kwargs: dict) -> tuple[list[Tensor], Any]:
@@ -177,6 +178,11 @@ def _as_tensor(leaf: Any) -> Any:
         return receive(leaf)
     if isinstance(leaf, (np.ndarray, np.generic)) and not isinstance(leaf, float):
         return torch.tensor(leaf)
+    if isinstance(leaf, torch.fx.Proxy):
+        raise BridgeError(
+            "torch.fx.symbolic_trace can't look into JAX. Use torch.export.export or torch.compile, or a "
+            "torch.fx.Tracer whose is_leaf_module says that this module stays whole."
+        )
     if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}[type(leaf)](leaf)
     return leaf

@@ -13,6 +13,7 @@ from jaxsparse import _flax
 from jaxsparse.formats import BlockPattern
 from torch_bridge import _compressed, _dense
 from torch_bridge._product import Product, edge_mask, traced
+from torch_bridge._watch import refuse_script
 from torch_bridge.dlpack import Views, jax_to_torch, torch_to_jax
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
@@ -47,6 +48,7 @@ class BlockDiagLinear(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -129,6 +131,7 @@ class BlockSparseLinear(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
