@@ -50,7 +50,7 @@ BRIDGE = {
     "checkpoint.py": set(),
     "dlpack.py": {"_errors", "_process"},
     "flat_op.py": set(),
-    "abstract.py": {"_errors"},
+    "abstract.py": {"_errors", "_watch"},
     "_watch.py": {"_errors"},
     "operator.py": {"_errors", "_flops", "_watch", "abstract", "dlpack", "flat_op"},
     "autograd.py": {"_watch", "dlpack", "flat_op", "operator"},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -41,6 +42,20 @@ def functionalizes() -> bool:
 def is_traced() -> bool:
     """Whether torch.jit.trace records."""
     return _tracer() is not None
+
+
+@contextlib.contextmanager
+def unseen_by_trace() -> Iterator[None]:
+    """Lets torch.jit.trace overlook what is done; otherwise the sizes of tensors are tensors there."""
+    state = _tracer()
+    if state is None:
+        yield
+        return
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
 
 
 def is_seen() -> bool:
