@@ -1,4 +1,4 @@
-"""torch's FlopCounterMode on what computes in JAX: two for a multiply-add of a stored weight, as for torch's products."""
+"""torch's FlopCounterMode on what computes in JAX: two for a multiply-add of a stored weight, as torch does."""
 
 import pytest
 

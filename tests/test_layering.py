@@ -43,6 +43,7 @@ BRIDGE = {
     "__init__.py": {"_errors", "dlpack", "function", "module", "nn", "patch"},
     "_compressed.py": {"dlpack"},
     "_dense.py": set(),
+    "_linear.py": {"_dense", "dlpack"},
     "_errors.py": set(),
     "_flops.py": set(),
     "_process.py": {"_errors"},
@@ -71,8 +72,8 @@ BRIDGE = {
         "operator",
     },
     "module.py": {"_errors", "_linen", "_nnx", "_watch", "dlpack", "model"},
-    "nn.py": {"_compressed", "_dense", "_product", "_watch", "dlpack"},
-    "patch.py": {"nn"},
+    "nn.py": {"_compressed", "_dense", "_linear", "_product", "_watch", "dlpack"},
+    "patch.py": {"_linear", "nn"},
 }
 SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
     "_compressed.py": {"jaxsparse.formats"},

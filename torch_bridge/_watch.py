@@ -21,6 +21,7 @@ def _probe(name: str, otherwise: int) -> Callable[..., Any]:
 _transforms = _probe("_are_functorch_transforms_active", 1)
 _top_transform = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
 _tracer = _probe("_get_tracing_state", 1)
+_set_tracer = _probe("_set_tracing_state", 0)
 _modes = _probe("_len_torch_dispatch_stack", 1)
 _function_modes = _probe("_len_torch_function_stack", 1)
 _key_is_on = _probe("_dispatch_tls_is_dispatch_key_included", 0)
@@ -51,11 +52,11 @@ def unseen_by_trace() -> Iterator[None]:
     if state is None:
         yield
         return
-    torch._C._set_tracing_state(None)
+    _set_tracer(None)
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        _set_tracer(state)
 
 
 def is_seen() -> bool:

@@ -117,6 +117,11 @@ def receive(a: jax.Array) -> Tensor:
         raise BridgeError(_why_not_torch(a, error)) from error
 
 
+def is_plain(t: Tensor) -> bool:
+    """Whether a tensor is what its memory says. A DTensor, a fake or a quantized one says itself what it is."""
+    return type(t) in _PLAIN or not _dispatches_itself(type(t))
+
+
 class Views:
     """JAX arrays in the memory of some operands of a call, kept from one call to the next.
 
@@ -164,7 +169,7 @@ def _address(t: Tensor) -> int:
 
 
 def _check_kind(t: Tensor) -> None:
-    if type(t) not in _PLAIN and _means_its_own(type(t)):
+    if not is_plain(t):
         raise BridgeError(
             f"a {type(t).__name__} says itself what torch's operators do with it, and JAX reads plain memory. Make a "
             "plain tensor of it (a DTensor's to_local() or full_tensor()), or call under the mode that it belongs to."
@@ -184,7 +189,7 @@ def _check_kind(t: Tensor) -> None:
         )
 
 
-def _means_its_own(kind: Any) -> bool:
+def _dispatches_itself(kind: Any) -> bool:
     return kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
 
 
