@@ -24,10 +24,9 @@ _tracer = _probe("_get_tracing_state", 1)
 _set_tracer = _probe("_set_tracing_state", 0)
 _modes = _probe("_len_torch_dispatch_stack", 1)
 _function_modes = _probe("_len_torch_function_stack", 1)
-_key_is_on = _probe("_dispatch_tls_is_dispatch_key_included", 0)
-_EARLY = getattr(
-    torch._C.DispatchKey, "PreDispatch", None
-)  # modes that stand before autograd have a stack of their own
+# Modes that stand before autograd have a stack of their own.
+_EARLY = getattr(torch._C.DispatchKey, "PreDispatch", None)
+_key_is_on = _probe("_dispatch_tls_is_dispatch_key_included", 0) if _EARLY is not None else (lambda _: 0)
 
 
 def transforms_active() -> bool:

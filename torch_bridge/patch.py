@@ -221,7 +221,7 @@ def _relative_error(old: nn.Module, new: Any) -> float:
 
 
 def _size(parameters) -> int:
-    return sum(p.numel() for p in parameters)
+    return sum(0 if is_lazy(p) else p.numel() for p in parameters)
 
 
 def _nbytes(layer: nn.Module) -> int:
