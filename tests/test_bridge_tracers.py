@@ -1,6 +1,7 @@
 """What records, counts or replays torch's operators follows a call into JAX, or is refused: it never keeps a branch."""
 
 import copy
+import functools
 import io
 
 import pytest
@@ -44,15 +45,28 @@ def net():
     return from_flax(Net(), jax.jit(Net().init)(jax.random.key(0), jnp.ones((2, 8))))
 
 
-MODELS = {
+MAKERS = {
     "jax2torch": Function,
     "from_flax": lambda: net().eval(),
     "from_flax in training": net,
     "entries": lambda: SparseLinear(8, 6, 0.5),
     "blocks": lambda: BlockDiagLinear(8, 6, 2),
 }
-EVERY = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-PURE = pytest.mark.parametrize("make", [m for n, m in MODELS.items() if "training" not in n])
+
+
+@functools.cache
+def template(name):
+    torch.manual_seed(0)
+    return MAKERS[name]()
+
+
+def make_copy(name):
+    """A model of its own, which shares its compiled code with the others."""
+    return copy.deepcopy(template(name))
+
+
+EVERY = pytest.mark.parametrize("name", MAKERS)
+PURE = pytest.mark.parametrize("name", [name for name in MAKERS if "training" not in name])
 
 
 def quiet(trace):
@@ -88,16 +102,14 @@ def assert_follows(recorded, model, sizes=(2, 5)):
 
 @EVERY
 @pytest.mark.parametrize("record", RECORDERS.values(), ids=RECORDERS)
-def test_a_recording_follows_inputs_of_other_values_and_sizes(record, make):
-    torch.manual_seed(0)
-    model = make()
+def test_a_recording_follows_inputs_of_other_values_and_sizes(record, name):
+    model = make_copy(name)
     assert_follows(record(copy.deepcopy(model), torch.randn(2, 8)), model)
 
 
 @EVERY
-def test_a_recording_trains(make):
-    torch.manual_seed(0)
-    model = make()
+def test_a_recording_trains(name):
+    model = make_copy(name)
     traced = torch.jit.trace(copy.deepcopy(model), (torch.randn(2, 8),))
     x = torch.randn(5, 8)
     for call in (traced, model):
@@ -116,8 +128,8 @@ def test_a_recorded_gradient_follows():
 
 
 @PURE
-def test_recordings_of_transforms_follow(make):
-    model = make()
+def test_recordings_of_transforms_follow(name):
+    model = make_copy(name)
     assert_follows(make_fx(torch.func.functionalize(model))(torch.randn(2, 8)), model)
     assert_follows(torch.func.functionalize(model), model)
     mapped = torch.func.vmap(model)
@@ -156,8 +168,8 @@ def test_a_saved_recording_runs_here_and_says_why_it_runs_nowhere_else(monkeypat
 
 
 @EVERY
-def test_what_can_not_follow_is_refused_with_a_way_out(make):
-    model, x = make(), torch.randn(2, 8)
+def test_what_can_not_follow_is_refused_with_a_way_out(name):
+    model, x = make_copy(name), torch.randn(2, 8)
     with pytest.raises(Exception, match="torch.export"):
         torch.jit.script(nn.Sequential(model) if not isinstance(model, Function) else net())
     with FakeTensorMode() as mode:
@@ -174,8 +186,8 @@ def test_symbolic_tracing_is_refused_with_a_way_out():
 
 
 @EVERY
-def test_fakes_get_shapes_and_dtypes_where_their_mode_is_on(make):
-    model, x = make(), torch.randn(2, 8)
+def test_fakes_get_shapes_and_dtypes_where_their_mode_is_on(name):
+    model, x = make_copy(name), torch.randn(2, 8)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         y = model(mode.from_tensor(x))
     expected = model(x)
@@ -203,9 +215,8 @@ class Called(TorchFunctionMode):
 
 
 @EVERY
-def test_modes_see_one_operator_in_the_forward_and_one_in_the_backward_pass(make):
-    torch.manual_seed(0)
-    model = make()
+def test_modes_see_one_operator_in_the_forward_and_one_in_the_backward_pass(name):
+    model = make_copy(name)
     twin, x = copy.deepcopy(model), torch.randn(3, 8)
     with Dispatched() as dispatched:
         twin(x).square().sum().backward()
@@ -221,9 +232,9 @@ def test_modes_see_one_operator_in_the_forward_and_one_in_the_backward_pass(make
 
 
 @EVERY
-def test_gradients_under_a_mode_or_hooks_are_the_same(make):
+def test_gradients_under_a_mode_or_hooks_are_the_same(name):
     torch.manual_seed(0)
-    model, x = make(), torch.randn(3, 8)
+    model, x = make_copy(name), torch.randn(3, 8)
     gradients = []
     for context in (Dispatched, Called, lambda: torch.autograd.graph.save_on_cpu(), lambda: torch.device("cpu")):
         twin = copy.deepcopy(model)
