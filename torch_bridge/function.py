@@ -34,6 +34,9 @@ def jax2torch(fn: Callable) -> Callable:
     forward kept, computes only the gradients that are wanted, and can be differentiated again, to any order.
     torch.func's transforms, forward mode, torch.compile(fullgraph=True) and torch.export go through it; the
     latter two need arguments that their graphs can hold (tensors, numbers, strings; tuples, lists and dicts).
+    To whatever else records or counts torch's operators (torch.jit.trace, make_fx, a TorchDispatchMode or
+    TorchFunctionMode, FlopCounterMode) a call is one operator, torch_bridge::call, whose backward pass starts from the
+    inputs again. torch.fx.symbolic_trace and torch.jit.script, which look at Python, are refused.
 
     Args:
       fn: a traceable function. Of its arguments, nested and keyword arguments included, tensors, NumPy arrays
@@ -45,7 +48,8 @@ def jax2torch(fn: Callable) -> Callable:
       As in torch, an argument that is changed in place before backward raises there; all arguments are
       watched.
     Raises:
-      BridgeError: for an argument that cannot cross (sparse, float64 without x64, ...) or is not hashable.
+      BridgeError: for an argument that cannot cross (sparse, float64 without x64, a tensor subclass that has operators
+        of its own, ...) or is not hashable.
       TypeError: in forward mode, if `fn` has a custom_vjp rule, as the ops of jaxsparse do.
     """
     traced = TracedFunction(fn, getattr(fn, "__name__", type(fn).__name__))

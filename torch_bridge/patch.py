@@ -167,7 +167,7 @@ def _why_left(m: nn.Module, also: Sequence[type[nn.Module]]) -> str | None:
     weight = m._parameters.get("weight")
     if weight is not None and is_lazy(weight):
         return f"is a {kind} that has no weight yet: call the model once."
-    if parametrize.is_parametrized(m):
+    if any(parametrize.is_parametrized(m, name) for name in ("weight", "bias")):
         return f"has a weight that a parametrization computes: {_linear.how_to_settle(m)} makes it a parameter."
     if _linear.why_not(m) is not None or type(m) is nn.Linear or type(m) in also or _linear.is_conv1d(m):
         return _linear.why_not(m)
