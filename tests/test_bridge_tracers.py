@@ -179,8 +179,16 @@ def test_what_can_not_follow_is_refused_with_a_way_out(name):
 
 
 def test_symbolic_tracing_is_refused_with_a_way_out():
-    with pytest.raises(BridgeError, match=r"torch\.export\.export or torch\.compile"):
-        torch.fx.symbolic_trace(Function())
+    for model in (Function(), net()):
+        with pytest.raises(BridgeError, match=r"torch\.export\.export or torch\.compile"):
+            torch.fx.symbolic_trace(model)
+
+    class Whole(torch.fx.Tracer):
+        def is_leaf_module(self, m, name):
+            return isinstance(m, SparseLinear) or super().is_leaf_module(m, name)
+
+    stack = nn.Sequential(SparseLinear(8, 6, 0.5), nn.ReLU())
+    assert_follows(torch.fx.GraphModule(stack, Whole().trace(stack)), stack)
     with pytest.raises(BridgeError, match="under a torch.func transform inside"):
         torch.jit.trace(torch.func.grad(lambda x: jax2torch(jnp.sin)(x).sum()), (torch.randn(2, 8),))
 

@@ -56,7 +56,7 @@ BRIDGE = {
     "operator.py": {"_errors", "_flops", "_watch", "abstract", "dlpack", "flat_op"},
     "autograd.py": {"_watch", "dlpack", "flat_op", "operator"},
     "compile.py": {"_errors"},
-    "function.py": {"_errors", "autograd", "compile", "dlpack", "flat_op", "operator"},
+    "function.py": {"_errors", "_watch", "autograd", "compile", "dlpack", "flat_op", "operator"},
     "_linen.py": {"_errors"},
     "_nnx.py": {"_errors", "_linen"},
     "model.py": {

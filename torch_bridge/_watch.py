@@ -76,6 +76,15 @@ def refuse_script(module: Any) -> Any:
     )
 
 
+def refuse_symbols(x: Any) -> None:
+    """Raises BridgeError for what torch.fx.symbolic_trace passes instead of tensors."""
+    if isinstance(x, torch.fx.Proxy):
+        raise BridgeError(
+            "torch.fx.symbolic_trace can't look into JAX. Use torch.export.export or torch.compile, or a "
+            "torch.fx.Tracer whose is_leaf_module says that this module stays whole."
+        )
+
+
 def _looks_at_functions() -> bool:
     """Whether there is a mode other than that of torch.set_default_device, which changes factories only."""
     return any(not isinstance(mode, DeviceContext) for mode in _function_mode_stack())

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torch_bridge import _watch
 from torch_bridge._errors import BridgeError
 from torch_bridge.autograd import run
 from torch_bridge.compile import in_graph, new_handle
@@ -182,11 +183,7 @@ def _as_tensor(leaf: Any) -> Any:
         return receive(leaf)
     if isinstance(leaf, (np.ndarray, np.generic)) and not isinstance(leaf, float):
         return torch.tensor(leaf)
-    if isinstance(leaf, torch.fx.Proxy):
-        raise BridgeError(
-            "torch.fx.symbolic_trace can't look into JAX. Use torch.export.export or torch.compile, or a "
-            "torch.fx.Tracer whose is_leaf_module says that this module stays whole."
-        )
+    _watch.refuse_symbols(leaf)
     if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}[type(leaf)](leaf)
     return leaf

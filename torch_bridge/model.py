@@ -45,6 +45,8 @@ class ModelFunction:
 
     def __call__(self, leaves: list[Tensor], views: Views, training: bool, args: tuple, kwargs: dict) -> Any:
         """The model's output; leaves that the model changes are changed in place."""
+        if type(args) is not tuple:
+            _watch.refuse_symbols(args)
         if torch.compiler.is_compiling():
             return compile.in_graph(self.handle, (leaves, training, args), kwargs)
         return self._run(functools.partial(run, views=views), leaves, training, args, kwargs)
