@@ -26,6 +26,10 @@ class Choice(Protocol):
         """The same with only the used ones of its results: what is not asked for need not be computed."""
         ...
 
+    def flops(self, operands: Any, results: Sequence[tuple[int, ...]], /) -> int:
+        """What it takes, from the shapes of operands and results: two for a multiply-add."""
+        ...
+
 
 def by_platform(choice: Choice, *operands):
     """Calls `choice(platform)` on the operands (pytrees), which gives an array or a tuple of arrays.
@@ -48,6 +52,9 @@ class _Flat(NamedTuple):
     def keeping(self, used):
         return self._replace(choice=self.choice.keeping(used))
 
+    def flops(self, operands, results):
+        return self.choice.flops(self.tree.unflatten(operands), results)
+
 
 class _Vmapped(NamedTuple):
     choice: Choice
@@ -58,6 +65,15 @@ class _Vmapped(NamedTuple):
 
     def keeping(self, used):
         return self._replace(choice=self.choice.keeping(used))
+
+    def flops(self, operands, results):
+        sizes = [shape[axis] for shape, axis in zip(operands, self.axes, strict=True) if axis is not None]
+        one = [_without(axis, shape) for shape, axis in zip(operands, self.axes, strict=True)]
+        return sizes[0] * self.choice.flops(one, [_without(0, shape) for shape in results])
+
+
+def _without(axis: int | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape if axis is None else shape[:axis] + shape[axis + 1 :]
 
 
 _choose = Primitive("choose_by_platform")
