@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Hashable
 from types import ModuleType
 from typing import NamedTuple
@@ -94,3 +95,9 @@ class _Product(NamedTuple):
 
     def keeping(self, used: tuple[bool, ...]):
         return self._replace(options=(*self.options, ("wanted", used)))  # `spmm_grads` alone has several results
+
+    def flops(self, operands, results) -> int:
+        """Two for every row of x and every stored number, in each result."""
+        weight = {"spmm": 1, "block_diag_matmul": 1, "spmm_grads": 2}.get(self.op)
+        stored = results[0] if weight is None else operands[weight]
+        return 2 * operands[0][0] * math.prod(stored) * len(results)

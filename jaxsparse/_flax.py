@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Callable
 
 import flax.serialization
 import jax
@@ -61,14 +61,30 @@ def features_per_block(name: str, features: int, num_blocks: int) -> int:
     return size
 
 
-def make_pattern(make_key, shape: tuple[int, int], density, block, pattern, mask) -> BlockPattern:
+def make_pattern(
+    make_key: Callable[[], jax.Array], shape: tuple[int, int], density, block, pattern, mask
+) -> BlockPattern:
     """The pattern of an (in, out) matrix that exactly one of `density`, `pattern` and `mask` asks for."""
     name = check_one(density, pattern, mask)
     if name == "density":
+        if density == 0:
+            raise ValueError(
+                "density=0 leaves a layer without a weight. Give a density above 0, or where a layer is to be its bias "
+                f"alone, an empty pattern: BlockPattern.random(key, {shape}, density=0)."
+            )
         return BlockPattern.random(make_key(), shape, density=density, block=block)
     pattern = pattern if name == "pattern" else BlockPattern.from_mask(mask, block)
     check_fits(pattern, shape, name)
     return pattern
+
+
+def pattern_key(seed: int, place: int | jax.Array) -> jax.Array:
+    """The key of a random pattern: it depends on a seed and on the layer's place in the model, and on nothing else.
+
+    So two models of one code have one pattern, whatever key their values were drawn from, and parameters that were
+    saved alone come back to the places they were trained at. The generator is named: JAX's default may be another.
+    """
+    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), place)
 
 
 def check_one(density, pattern, mask) -> str:
@@ -82,6 +98,11 @@ def check_one(density, pattern, mask) -> str:
 
 def check_fits(pattern: BlockPattern, shape: tuple[int, int], name: str = "pattern") -> None:
     """Raises ValueError unless the pattern is of an (in, out) matrix of this shape."""
+    if not isinstance(pattern, BlockPattern):
+        raise ValueError(
+            f"the {name} is a {type(pattern).__name__}, not a BlockPattern. Of what Orbax restored without a target, "
+            "jaxsparse.checkpoint.restore_patterns(variables) makes patterns again."
+        )
     if pattern.shape != shape:
         remedy = "Transpose it." if pattern.shape == shape[::-1] else f"Make one of shape {shape}."
         raise ValueError(
@@ -104,12 +125,14 @@ def _to_state_dict(pattern: BlockPattern) -> dict:
 
 
 def _from_state_dict(target: BlockPattern, state: dict) -> BlockPattern:
-    found = {name: np.shape(a) if name in _Index._fields else np.asarray(a) for name, a in state.items()}
-    for name, size in _sizes(target).items():
-        if name not in found or list(found[name]) != size:
-            what = f"has {name} {list(map(int, found[name]))}" if name in found else f"lacks {name}"
-            raise ValueError(f"the saved pattern {what}, but the model's {target} has {size}: they don't fit.")
-    return dataclasses.replace(target, **{name: state[name] for name in _Index._fields})
+    pattern = BlockPattern.from_state(state)
+    found, wanted = _sizes(pattern), _sizes(target)
+    for name, size in wanted.items():
+        if found[name] != size:
+            raise ValueError(
+                f"the saved pattern has {name} {found[name]}, but the model's {target} has {size}: they don't fit."
+            )
+    return pattern
 
 
 flax.serialization.register_serialization_state(BlockPattern, _to_state_dict, _from_state_dict, override=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
+from collections.abc import Sized
 from typing import NamedTuple
 
 import jax
@@ -61,10 +63,81 @@ def stratified(key: jax.Array, grid: tuple[int, int], count: int) -> Index:
 
 def from_sorted(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> Index:
     """The index arrays of coordinates that are sorted by column, computed on the host."""
-    order = np.argsort(rows, kind="stable")
-    bounds = ((cols, grid[1]), (rows, grid[0]))
-    col_ptr, row_ptr = (np.searchsorted(np.sort(a), np.arange(n + 1)) for a, n in bounds)
-    return Index(*(jnp.asarray(a, jnp.int32) for a in (col_ptr, rows, row_ptr, cols[order], order)))
+    return Index(*(jnp.asarray(a) for a in _all_arrays(rows, cols, grid)))
+
+
+def from_pointers(col_ptr: np.ndarray, row_index: np.ndarray, grid: tuple[int, int]) -> Index:
+    """The index arrays of the two that say everything, which are checked; with leading axes, a stack of them.
+
+    Raises:
+      ValueError: unless the pointers begin at 0, never fall and end at the number of entries, and the rows are in
+        range and ascend within each column.
+    """
+    leading = row_index.shape[:-1]
+    if not leading:
+        return Index(*(jnp.asarray(a) for a in _all_from_pointers(col_ptr, row_index, grid)))
+    if col_ptr.shape[:-1] != leading:
+        raise ValueError(f"col_ptr and row_index are a stack of the same axes, got {col_ptr.shape}, {row_index.shape}.")
+    sizes = (grid[1] + 1, row_index.shape[-1], grid[0] + 1, row_index.shape[-1], row_index.shape[-1])
+    stack = [np.zeros((*leading, size), np.int32) for size in sizes]
+    for place in np.ndindex(leading):
+        for a, one in zip(stack, _all_from_pointers(col_ptr[place], row_index[place], grid), strict=True):
+            a[place] = one
+    return Index(*(jnp.asarray(a) for a in stack))
+
+
+def check_index(index: Index, grid: tuple[int, int]) -> None:
+    """Raises ValueError unless five concrete arrays, with the same leading axes if any, are patterns of this grid."""
+    arrays = {name: np.asarray(a) for name, a in index._asdict().items()}
+    shapes, leading = {name: a.shape for name, a in arrays.items()}, arrays["row_index"].shape[:-1]
+    if any(shape[:-1] != leading for shape in shapes.values()) or not all(shapes.values()):
+        raise ValueError(f"these are not the arrays of one pattern, nor of a stack of them: {shapes}.")
+    for place in np.ndindex(leading):
+        right = _all_from_pointers(arrays["col_ptr"][place], arrays["row_index"][place], grid)
+        for (name, a), want in zip(arrays.items(), right, strict=True):
+            if a.dtype.kind not in "iu" or not np.array_equal(a[place], want):
+                raise ValueError(f"{name} is not what follows from col_ptr and row_index: it was changed.")
+
+
+def _all_arrays(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> tuple[np.ndarray, ...]:
+    """The arrays of `Index`, on the host."""
+    rows, cols = rows.astype(np.int32), cols.astype(np.int32)  # copies: JAX may share the memory of what it is given
+    order = _order(rows, grid[0])
+    return _bounds(cols, grid[1]), rows, _bounds(rows, grid[0]), cols[order], order
+
+
+def _all_from_pointers(col_ptr: np.ndarray, row_index: np.ndarray, grid: tuple[int, int]) -> tuple[np.ndarray, ...]:
+    if col_ptr.shape != (grid[1] + 1,) or row_index.ndim != 1:
+        raise ValueError(
+            f"{grid[1]} columns take a col_ptr of shape ({grid[1] + 1},) and a vector row_index, got {col_ptr.shape} "
+            f"and {row_index.shape}."
+        )
+    if col_ptr.dtype.kind not in "iu":
+        raise ValueError(f"col_ptr must be integers, got {col_ptr.dtype}.")
+    counts = np.diff(col_ptr.astype(np.int64))
+    if col_ptr[0] != 0 or col_ptr[-1] != row_index.size or (counts < 0).any():
+        raise ValueError(
+            f"col_ptr goes from {col_ptr[0]} to {col_ptr[-1]} and falls {np.count_nonzero(counts < 0)} times; it must "
+            f"rise from 0 to the {row_index.size} entries of row_index."
+        )
+    cols = np.repeat(np.arange(grid[1], dtype=np.int32), counts)
+    check_indices(row_index, cols, grid)
+    return _all_arrays(row_index, cols, grid)
+
+
+def _order(rows: np.ndarray, size: int) -> np.ndarray:
+    """A stable argsort, 16 bits at a time: of those NumPy sorts by radix, in linear time."""
+    order = np.argsort(rows.astype(np.uint16), kind="stable").astype(np.int32)  # by the lower 16 bits
+    if size > 2**16:
+        order = order[np.argsort((rows[order] >> 16).astype(np.uint16), kind="stable")]
+    return order
+
+
+def _bounds(index: np.ndarray, size: int) -> np.ndarray:
+    """int32 [size + 1]: how many entries of `index` lie before each of 0 to `size`."""
+    bounds = np.zeros(size + 1, np.int32)
+    np.cumsum(np.bincount(index, minlength=size), out=bounds[1:])
+    return bounds
 
 
 def check_indices(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> None:
@@ -91,6 +164,35 @@ def check_indices(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> 
             f"({rows[k + 1]}, {cols[k + 1]}). Sort by column, then row: order = np.lexsort((rows, cols)); "
             "the values must be put in the same order, and duplicates summed."
         )
+
+
+def lines_of(ptr: np.ndarray, lines: int, index: np.ndarray, values: Sized, what: str) -> np.ndarray:
+    """The line of every entry of a compressed matrix, CSR, CSC or BSR: line k has those from ptr[k] to ptr[k + 1].
+
+    Args:
+      lines: the number of rows (of columns in CSC; of blocks along them in BSR).
+      index, values: what is stored; only their lengths are looked at.
+      what: where `ptr` comes from, for messages.
+    Raises:
+      ValueError: unless `ptr` is `lines + 1` integers that start at 0, never fall, and end at the number of entries.
+    """
+    ptr, stored = np.asarray(ptr), len(index)
+    if ptr.shape != (lines + 1,) or ptr.dtype.kind not in "iu":
+        raise ValueError(f"{what} is {ptr.dtype} of shape {ptr.shape}, but {lines} lines need {lines + 1} integers.")
+    counts = np.diff(ptr.astype(np.int64))
+    if (counts < 0).any():
+        k = int(np.argmax(counts < 0))
+        raise ValueError(
+            f"{what} falls from {ptr[k]} to {ptr[k + 1]} at position {k + 1}: it must say how many entries stand "
+            "before each line. Build the matrix anew, from the row and the column of every entry."
+        )
+    if ptr[0] != 0 or ptr[-1] != stored or len(values) != stored:
+        raise ValueError(
+            f"{what} runs from {ptr[0]} to {ptr[-1]}, with {stored} indices and {len(values)} values: it must run from "
+            "0 to the number of both. Cut off what is too much, or build the matrix anew, from the row and the column "
+            "of every entry."
+        )
+    return np.repeat(np.arange(lines, dtype=np.int32), counts)
 
 
 def as_pair(block) -> tuple[int, int]:
@@ -136,5 +238,19 @@ def count_kept(density: float, blocks: int) -> int:
         raise ValueError(
             f"density={density} of {blocks} blocks keeps {count}, more than int32 can index ({INT32_MAX}). "
             "Use larger blocks, a lower density, or split the matrix."
+        )
+    return count
+
+
+def count_stored(density: float, shape: tuple[int, int], block: tuple[int, int]) -> int:
+    """How many blocks a new pattern stores: `count_kept` of its grid, which is 0 for a density of 0 alone."""
+    blocks = math.prod(grid_of(shape, block))
+    count = count_kept(density, blocks)
+    if count == 0 and density > 0:
+        smaller = "" if block == (1, 1) else ", or smaller blocks"
+        raise ValueError(
+            f"density={density} keeps nothing of a {shape} (in, out) matrix, which is {blocks} blocks of {block}: "
+            f"{density} x {blocks} = {float(density) * blocks:.3g}, rounded 0. Give a density of at least "
+            f"1 / {blocks} = {1 / blocks:.3g}{smaller}; density=0 if nothing is to be stored."
         )
     return count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse._indices import lines_of
 from jaxsparse.formats import BlockPattern
 
 
@@ -13,11 +14,14 @@ def from_scipy(m):
 
     if not scipy.sparse.issparse(m) or m.ndim != 2:
         raise ValueError(f"from_scipy wants a two-dimensional SciPy sparse matrix, got {type(m).__name__}.")
-    if m.format != "bsr":
+    if m.format not in ("csr", "csc", "bsr"):
         m = m.tocoo()
         return _from_coordinates(m.row, m.col, m.data, m.shape, (1, 1))
-    block_row = np.repeat(np.arange(len(m.indptr) - 1), np.diff(m.indptr))
-    return _from_coordinates(block_row, m.indices, m.data, m.shape, m.blocksize)
+    by_column, block = m.format == "csc", m.blocksize if m.format == "bsr" else (1, 1)
+    lines = m.shape[by_column] // block[by_column]
+    line = lines_of(m.indptr, lines, m.indices, m.data, f"the {m.format.upper()} matrix's indptr")
+    row, col = (m.indices, line) if by_column else (line, m.indices)
+    return _from_coordinates(row, col, m.data, m.shape, block)
 
 
 def to_scipy(pattern: BlockPattern, blocks):
@@ -36,7 +40,10 @@ def to_scipy(pattern: BlockPattern, blocks):
 
 def from_bcoo(m):
     _check_plain(m, "BCOO")
-    return _from_coordinates(m.indices[:, 0], m.indices[:, 1], m.data, m.shape, (1, 1))
+    indices, data = np.asarray(m.indices), np.asarray(m.data)
+    padding = (indices == m.shape).all(1)  # how JAX fills up to a fixed `nse`
+    row, col = indices[~padding].T
+    return _from_coordinates(row, col, data[~padding], m.shape, (1, 1))
 
 
 def to_bcoo(pattern: BlockPattern, blocks):
@@ -49,8 +56,13 @@ def to_bcoo(pattern: BlockPattern, blocks):
 
 def from_bcsr(m):
     _check_plain(m, "BCSR")
-    row = np.repeat(np.arange(m.shape[0]), np.diff(np.asarray(m.indptr, np.int64)))
-    return _from_coordinates(row, m.indices, m.data, m.shape, (1, 1))
+    col, data = np.asarray(m.indices), np.asarray(m.data)
+    stored = len(col) - np.count_nonzero(
+        col == m.shape[1]
+    )  # JAX fills up to a fixed `nse` at the end, with this column
+    col, data = col[:stored], data[:stored]
+    row = lines_of(np.asarray(m.indptr), m.shape[0], col, data, "the BCSR matrix's indptr")
+    return _from_coordinates(row, col, data, m.shape, (1, 1))
 
 
 def to_bcsr(pattern: BlockPattern, blocks):
@@ -68,7 +80,7 @@ def _from_coordinates(row, col, data, shape, block):
     row, col = np.asarray(row), np.asarray(col)
     order = np.lexsort((row, col))
     pattern = BlockPattern.from_indices(row[order], col[order], shape=shape, block=block)
-    return pattern, jnp.asarray(np.asarray(data)[order])
+    return pattern, jnp.asarray(np.asarray(data)[order].reshape(pattern.values_shape))
 
 
 def _check_plain(m, name: str) -> None:

@@ -26,6 +26,10 @@ class Choice(Protocol):
         """The same with only the used ones of its results: what is not asked for need not be computed."""
         ...
 
+    def flops(self, operands: Any, results: Sequence[tuple[int, ...]], /) -> int:
+        """What it takes, from the shapes of operands and results: two for a multiply-add."""
+        ...
+
 
 def by_platform(choice: Choice, *operands):
     """Calls `choice(platform)` on the operands (pytrees), which gives an array or a tuple of arrays.
@@ -48,6 +52,9 @@ class _Flat(NamedTuple):
     def keeping(self, used):
         return self._replace(choice=self.choice.keeping(used))
 
+    def flops(self, operands, results):
+        return self.choice.flops(self.tree.unflatten(operands), results)
+
 
 class _Vmapped(NamedTuple):
     choice: Choice
@@ -59,6 +66,15 @@ class _Vmapped(NamedTuple):
     def keeping(self, used):
         return self._replace(choice=self.choice.keeping(used))
 
+    def flops(self, operands, results):
+        sizes = [shape[axis] for shape, axis in zip(operands, self.axes, strict=True) if axis is not None]
+        one = [_without(axis, shape) for shape, axis in zip(operands, self.axes, strict=True)]
+        return sizes[0] * self.choice.flops(one, [_without(0, shape) for shape in results])
+
+
+def _without(axis: int | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape if axis is None else shape[:axis] + shape[axis + 1 :]
+
 
 _choose = Primitive("choose_by_platform")
 _choose.multiple_results = True
@@ -69,9 +85,22 @@ def _run(*leaves, choice):
     return choice(jax.default_backend())(*leaves)
 
 
+# Inside `jax.shard_map` a result varies over every mesh axis that an operand varies over, as that of any product does:
+# then a part of a sum is no replicated result, and `shard_map` refuses it as such. The functions themselves are traced
+# on types without those axes. They compute on one device and know no mesh, and a kernel does not say what varies.
 @_choose.def_abstract_eval
 def _shapes(*leaves, choice):
-    return jax.tree.leaves(jax.make_jaxpr(choice(jax.default_backend()))(*leaves).out_avals)
+    results = jax.make_jaxpr(choice(jax.default_backend()))(*_varying(leaves, frozenset())).out_avals
+    axes = frozenset().union(*(leaf.manual_axis_type.varying for leaf in leaves))
+    return _varying(jax.tree.leaves(results), axes)
+
+
+def _varying(types: Sequence[Any], axes: frozenset) -> list[Any]:
+    """The types as they vary over these mesh axes, and no others."""
+    return [
+        t if t.manual_axis_type.varying == axes else t.update(manual_axis_type=type(t.manual_axis_type)(varying=axes))
+        for t in types
+    ]
 
 
 def _vmap(leaves, axes, *, choice):
@@ -92,6 +121,7 @@ def _without_unused(used: Sequence[bool], *of_inputs_and_equation):
 
 
 def _lowered(platform, ctx, *leaves, choice):
+    ctx = ctx.replace(avals_in=_varying(ctx.avals_in, frozenset()))
     return mlir.lower_fun(choice(platform), multiple_results=True)(ctx, *leaves)
 
 

@@ -68,12 +68,15 @@ def first_match(rules: Sequence[Rule], path: str) -> Rule | None:
     return next((rule for rule in rules if rule.matches(path)), None)
 
 
-def decide(rules: Sequence[Rule], layers: Iterable[str], others: Mapping[str, str]) -> dict[str, Rule]:
+def decide(
+    rules: Sequence[Rule], layers: Iterable[str], others: Mapping[str, str], left: Mapping[str, str] | None = None
+) -> dict[str, Rule]:
     """The rule of every layer that changes: the first that matches its whole path.
 
     Args:
       layers: paths of the layers that could be replaced.
       others: what else there is, path: type name; only for saying why a rule found nothing.
+      left: layers that look dense and can't be replaced, path: the reason; likewise.
     Raises:
       ValueError: if a rule decides nothing, with the nearest names.
     """
@@ -81,8 +84,14 @@ def decide(rules: Sequence[Rule], layers: Iterable[str], others: Mapping[str, st
     first = {path: first_match(rules, path) for path in layers}
     for n, rule in enumerate(rules):
         if not any(rule is used for used in first.values()):
-            raise ValueError(_why_unused(rules, n, layers, others))
+            raise ValueError(_why_unused(rules, n, layers, others, left or {}))
     return {path: rule for path, rule in first.items() if rule and rule.kind}
+
+
+def passed_over(rules: Sequence[Rule], left: Mapping[str, str]) -> list[Left]:
+    """Those layers that look dense and that the rules would replace, but that can't be."""
+    first = {path: first_match(rules, path) for path in left}
+    return [Left(path, left[path]) for path, rule in first.items() if rule and rule.kind]
 
 
 class Races:
@@ -165,7 +174,9 @@ def _near(name: Any, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def _why_unused(rules: Sequence[Rule], n: int, layers: Sequence[str], others: Mapping[str, str]) -> str:
+def _why_unused(
+    rules: Sequence[Rule], n: int, layers: Sequence[str], others: Mapping[str, str], left: Mapping[str, str]
+) -> str:
     pattern, where = rules[n].pattern, f"rule {n + 1} of {len(rules)}, {rules[n].pattern!r},"
     taken = [path for path in layers if rules[n].matches(path)]
     if taken:
@@ -174,15 +185,22 @@ def _why_unused(rules: Sequence[Rule], n: int, layers: Sequence[str], others: Ma
             f"{next(rule.pattern for rule in rules if rule.matches(taken[0]))!r} matches {taken[0]!r}. Put it before "
             "them, or leave it out."
         )
-    nearest = f"{_nearest(pattern, layers)} Rules must match the whole path; '.*' stands for any part of it."
+    passed = [path for path in left if rules[n].matches(path)]
+    if passed:
+        more = f" So it is with {len(passed) - 1} more." if len(passed) > 1 else ""
+        return f"{where} matches no layer that can be replaced: {passed[0]!r} {left[passed[0]]}{more}"
+    nearest = f"{_nearest(pattern, layers, left)} Rules must match the whole path; '.*' stands for any part of it."
     odd = [path for path in others if rules[n].matches(path)]
     if odd:
         return f"{where} matches {odd[0]!r}, a {others[odd[0]]}, and no dense layer that can be replaced. {nearest}"
     return f"{where} matches no layer. {nearest}"
 
 
-def _nearest(pattern: str, layers: Sequence[str], count: int = 3) -> str:
+def _nearest(pattern: str, layers: Sequence[str], left: Mapping[str, str], count: int = 3) -> str:
     """The layers in which the expression is found, or else those whose names are most like it."""
+    if not layers and left:
+        path, reason = next(iter(left.items()))
+        return f"The model has no dense layer that can be replaced: {path!r} {reason}"
     found = [path for path in layers if re.search(pattern, path)][:count]
     plain = re.sub(r"\\(.)", r"\1", pattern)
     names = found or difflib.get_close_matches(plain, layers, n=count, cutoff=0)
@@ -221,16 +239,30 @@ class Row:
         return cls(path, str(rule.kind) if rule else "dense", "{}x{}".format(*shape), after, **numbers)
 
 
+@dataclasses.dataclass(frozen=True)
+class Left:
+    """A layer that a rule matches, and that stays as it is.
+
+    Attributes:
+      path: the layer's dotted path.
+      reason: what it is, and what to do about it.
+    """
+
+    path: str
+    reason: str
+
+
 class Report(Sequence):
     """The rows of all layers that a rule took, in the model's order; `print` shows them as a table.
 
     Attributes:
       rows: a list of `Row`.
       parameters: (before, after) of the whole model.
+      left: a list of `Left`: layers that look dense and that a rule matches, but that can't be replaced.
     """
 
-    def __init__(self, rows: Sequence[Row], parameters_before: int):
-        self.rows = list(rows)
+    def __init__(self, rows: Sequence[Row], parameters_before: int, left: Sequence[Left] = ()):
+        self.rows, self.left = list(rows), list(left)
         saved = sum(before - after for before, after in self._pairs()[0])
         self.parameters = (parameters_before, parameters_before - saved)
 
@@ -254,12 +286,23 @@ class Report(Sequence):
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         keep = [i for i in range(len(widths)) if any(line[i] for line in lines[1:])]
         text = ["  ".join(line[i].ljust(widths[i]) for i in keep).rstrip() for line in lines]
-        return "\n".join(text)
+        return "\n".join([*text, *_told(self.left)])
 
     __repr__ = __str__
 
     def _pairs(self) -> list[list[tuple[int, int]]]:
         return [[row.parameters for row in self.rows], [row.bytes for row in self.rows]]
+
+
+def _told(left: Sequence[Left]) -> list[str]:
+    """A line for each reason, with the first of its layers."""
+    paths: dict[str, list[str]] = {}
+    for one in left:
+        paths.setdefault(one.reason, []).append(one.path)
+    return [
+        f"left: {found[0]}{f' and {len(found) - 1} more' if found[1:] else ''} {reason}"
+        for reason, found in paths.items()
+    ]
 
 
 def _cells(row: Row) -> tuple[str, ...]:

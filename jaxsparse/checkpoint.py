@@ -1,8 +1,9 @@
 """Arrays and patterns in one file in the safetensors format, written so that a kill leaves the old file or the new one.
 
 The format is a JSON header and raw bytes, so that it is written here and no package is needed; any safetensors reader
-opens the files. A pattern is stored as its col_ptr and row_index, from which the rest follows; its sizes, a format tag
-with a version, and a SHA-256 of everything stand in the header. The digest finds damage, it is no signature.
+opens the files. The header's metadata hold a format tag with a version, the tree as JSON (containers, keys of their
+types, numbers, the sizes of patterns, and the name of every array), and a SHA-256 of everything. The digest finds
+damage, it is no signature. A pattern is stored as its col_ptr and row_index, from which the rest follows.
 """
 
 from __future__ import annotations
@@ -11,86 +12,113 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
-from jaxsparse.formats import BlockPattern
+from jaxsparse import _states, _targets, _trees
+from jaxsparse._trees import DTYPES, NAMES
 
-FORMAT, VERSION = "jaxsparse", 1
-_DTYPES = {
-    **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "BOOL": np.bool_},
-    **{"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2},
-    **{
-        f"{letter}{bits}": f"{kind}{bits}" for letter, kind in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
-    },
-}
-_DTYPES = {name: np.dtype(dtype) for name, dtype in _DTYPES.items()}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+FORMAT, VERSION = "jaxsparse", 2
 
 
-def save(path: str | os.PathLike, tree: dict[str, Any]) -> None:
-    """Writes a dict, or nested dicts, of arrays and `BlockPattern`s to one file; nested keys are joined by dots.
+def save(path: str | os.PathLike, tree: Any) -> None:
+    """Writes any tree of arrays and `BlockPattern`s to one file: `load` gives back every one of its leaves.
+
+    Containers are mappings, lists, tuples, and whatever else JAX knows as a pytree: a Flax state, `TrainState`, an
+    optimizer's state. Keys are strings, numbers, None, or tuples of them. Leaves are arrays of any library that NumPy
+    reads, of any dtype that numbers have, patterns (stacks of them too), PRNG keys, numbers, strings and None.
+    Fields that JAX calls static, as the functions of a `TrainState`, are no leaves: a target has them.
 
     The bytes go to `<path>.partial`, to the disk, and then into place at one stroke: a process that is killed leaves
     the previous file whole, and at most a partial one beside it, which the next save overwrites.
 
     Args:
       path: the file; its folder must exist.
-      tree: arrays of any library that NumPy reads; a number is an array without dimensions. Flax makes such a dict of
-        an optimizer's state: `flax.serialization.to_state_dict(opt_state)`.
+      tree: an array at the path ['layers'][0]['kernel'] is `layers.0.kernel` to other readers of safetensors.
     Raises:
-      ValueError: for a key that is no string, is empty or holds a dot, and for a dtype that the format lacks.
+      ValueError: with the path and the type, for what can't be given back; nothing is written then.
     """
-    arrays, patterns, empty = {}, {}, []
-    for name, value in _flatten(tree):
-        if isinstance(value, BlockPattern):
-            patterns[name] = {"shape": value.shape, "block": value.block, "transposed": value.transposed}
-            arrays |= {f"{name}.{part}": np.asarray(getattr(value, part)) for part in ("col_ptr", "row_index")}
-        elif isinstance(value, dict):  # Optax has states without arrays
-            empty.append(name)
-        else:
-            arrays[name] = np.asarray(value)
+    arrays: _trees.Arrays = {}
+    write(path, _trees.take_apart(tree, arrays, lambda leaf: leaf), arrays)
+
+
+def load(path: str | os.PathLike, target: Any = None) -> Any:
+    """Reads what `save` wrote.
+
+    Args:
+      target: a tree of the structure that was saved, as a fresh model's state, or what `jax.eval_shape` makes of it.
+        None gives dicts, lists and tuples of NumPy arrays and `BlockPattern`s, under the keys that were saved.
+    Returns:
+      Without a target: mappings and classes as dicts, a class by the names of its fields, and an `nnx.State` as the
+      pure dict that `nnx.update` takes. With one: its containers and static fields, and the leaves of the file, on the
+      devices of its arrays; the target itself stays as it is.
+    Raises:
+      ValueError: with the reason, for a file that is truncated or was changed, is no safetensors file or not one of
+        ours, or is of a newer version; with the path, where the target has other keys, shapes, dtypes or sizes.
+    """
+    tree = read(path, lambda a: a)
+    return tree if target is None else _targets.fill(target, tree, _targets.place)
+
+
+def restore_patterns(tree: Any) -> Any:
+    """Makes `BlockPattern`s again of the dicts that other savers make of them.
+
+    Orbax without a target, and `flax.serialization.msgpack_restore`, give a pattern back as a dict of its arrays.
+
+    Args:
+      tree: what they gave, a pytree.
+    Raises:
+      ValueError: with the path, for a dict that is named as a pattern's but is none.
+    """
+
+    def restore(path, node):
+        if not _states.is_state(node):
+            return node
+        try:
+            return _states.from_state(node)
+        except ValueError as error:
+            raise ValueError(f"{jax.tree_util.keystr(path)}: {error}") from None
+
+    return jax.tree_util.tree_map_with_path(restore, tree, is_leaf=_states.is_state)
+
+
+def write(path: str | os.PathLike, tree: Mapping[str, Any], arrays: _trees.Arrays) -> None:
+    """Writes a tree that was taken apart, as `save` says."""
     # Wide entries first: every array then starts at a multiple of its own size.
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     header, end, digest = {}, 0, hashlib.sha256()
     for name in order:
         a = arrays[name]
-        if a.dtype not in _NAMES:
-            raise ValueError(f"{name} is {a.dtype}, which safetensors has no name for; it has {', '.join(_DTYPES)}.")
-        header[name] = {"dtype": _NAMES[a.dtype], "shape": list(a.shape), "data_offsets": [end, end + a.nbytes]}
+        header[name] = {"dtype": NAMES[a.dtype], "shape": list(a.shape), "data_offsets": [end, end + a.nbytes]}
         end += a.nbytes
-    about = {"format": FORMAT, "version": str(VERSION), "sha256": "0" * 64}
-    about |= {"patterns": json.dumps(patterns), "empty": json.dumps(empty)}
+    about = {"format": FORMAT, "version": str(VERSION), "sha256": "0" * 64, "tree": json.dumps(tree)}
     chunks = [np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data for name in order]
     for chunk in (_encode(about, header), *chunks):
         digest.update(chunk)
     _replace(Path(path), [_encode({**about, "sha256": digest.hexdigest()}, header), *chunks])
 
 
-def load(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads what `save` wrote: the same nested dicts, of NumPy arrays and of `BlockPattern`s.
-
-    Raises:
-      ValueError: with the reason, for a file that is truncated or was changed, is no safetensors file or not one of
-        ours, or is of a newer version.
-    """
+def read(path: str | os.PathLike, make: Callable[[np.ndarray], Any]) -> Any:
+    """The tree in a file, with what `make` makes of its arrays; ValueError as `load` says."""
     path = Path(path)
     with path.open("rb") as file:
         data = bytearray(path.stat().st_size)  # writable, so that the arrays are too
         file.readinto(data)
     try:
         arrays, about = _decode(data)
-        arrays |= {name: {} for name in json.loads(about["empty"])}
-        for name, sizes in json.loads(about["patterns"]).items():
-            arrays[name] = _pattern(arrays.pop(f"{name}.col_ptr"), arrays.pop(f"{name}.row_index"), sizes)
-    except (KeyError, TypeError) as error:
+        if about["version"] == "1":
+            tree = _trees.names_to_nodes(arrays, json.loads(about["patterns"]), json.loads(about["empty"]))
+        else:
+            tree = json.loads(about["tree"])
+        return _trees.build(tree, arrays, make)
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} can't be read: its header lacks, or misstates, {error}.") from None
     except ValueError as error:
         raise ValueError(f"{path} can't be read: {error}") from None
-    return _nest(arrays)
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------
@@ -129,7 +157,7 @@ def _decode(data: bytearray) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _array(name: str, info: dict[str, Any], body: memoryview) -> np.ndarray:
-    dtype, (start, end) = _DTYPES[info["dtype"]], info["data_offsets"]
+    dtype, (start, end) = DTYPES[info["dtype"]], info["data_offsets"]
     if end - start != dtype.itemsize * math.prod(info["shape"]):
         raise ValueError(f"{name} of shape {info['shape']} in {info['dtype']} does not take {end - start} bytes.")
     return np.frombuffer(body[start:end], np.uint8).view(dtype).reshape(info["shape"])
@@ -150,37 +178,3 @@ def _replace(path: Path, chunks: list) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-# ---- trees -----------------------------------------------------------------------------------------------
-
-
-def _flatten(tree: dict[str, Any], prefix: str = ""):
-    for key, value in tree.items():
-        if not isinstance(key, str) or not key or "." in key or key == "__metadata__":
-            raise ValueError(f"the key {key!r} under {prefix or 'the top'!r} must be a string without a dot.")
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _nest(flat: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name in sorted(flat):
-        *parents, last = name.split(".")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = flat[name]
-    return tree
-
-
-def _pattern(col_ptr: np.ndarray, row_index: np.ndarray, sizes: dict[str, Any]) -> BlockPattern:
-    """The pattern of its two stored arrays; `from_indices` checks them and computes the others."""
-    shape, block = tuple(sizes["shape"]), tuple(sizes["block"])
-    if sizes["transposed"]:
-        shape, block = shape[::-1], block[::-1]
-    cols = np.repeat(np.arange(len(col_ptr) - 1), np.diff(col_ptr))
-    pattern = BlockPattern.from_indices(row_index, cols, shape=shape, block=block)
-    return pattern.T if sizes["transposed"] else pattern

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jaxsparse import _places, _select
 from jaxsparse._carry import Path, take, take_state
-from jaxsparse._indices import count_kept
+from jaxsparse._indices import count_kept, count_stored
 from jaxsparse._places import NOWHERE
 from jaxsparse.formats import BlockPattern
 
@@ -130,7 +130,7 @@ def compact(
         blocks, pattern, opt_state = compact(blocks, pattern.T, opt_state, density=density, path=path)
         return blocks, pattern.T, opt_state
     pattern.check_values(blocks)
-    count = count_kept(density, math.prod(pattern.grid))
+    count = count_stored(density, pattern.shape, pattern.block)
     if count > pattern.nnzb:
         raise ValueError(f"density={density} keeps {count} blocks, but only {pattern.nnzb} are stored.")
     _places.check_grid(pattern.grid)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse import _indices
-from jaxsparse._indices import Index, as_pair, check_sizes, count_kept, grid_of
+from jaxsparse._indices import Index, as_pair, check_sizes, count_stored, grid_of
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -145,15 +146,15 @@ class BlockPattern:
         Args:
           key: a JAX PRNG key.
           shape: (in, out) of the matrix.
-          density: the fraction of blocks kept, 0 to 1.
+          density: the fraction of blocks kept, 0 to 1; what is above 0 must keep one at least.
           block: (i, o), or b for (b, b).
         Raises:
-          ValueError: for a density outside [0, 1], a block larger than the matrix, sizes beyond int32.
+          ValueError: for a density outside [0, 1], or above 0 that rounds to no block; a block larger than the
+            matrix, sizes beyond int32.
         """
         shape, block = check_sizes(shape, block)
-        grid = grid_of(shape, block)
-        count = count_kept(density, grid[0] * grid[1])
-        return cls._of(_indices.stratified(key, grid, count), shape, block)
+        count = count_stored(density, shape, block)
+        return cls._of(_indices.stratified(key, grid_of(shape, block), count), shape, block)
 
     @classmethod
     def from_indices(cls, rows, cols, *, shape: tuple[int, int], block: int | tuple[int, int] = (1, 1)) -> BlockPattern:
@@ -189,7 +190,7 @@ class BlockPattern:
           score: one number per block, [grid_in, grid_out]; by default the L2 norm of the block.
             Of equal scores the earlier block, row by row, is kept.
         Raises:
-          ValueError: if the score has another shape or holds NaN.
+          ValueError: if the score has another shape or holds NaN, and for densities as in `random`.
         """
         w = np.asarray(w)
         if w.ndim != 2:
@@ -203,7 +204,7 @@ class BlockPattern:
             raise ValueError(f"score has shape {score.shape}, but {shape} in blocks of {block} is a grid of {grid}.")
         if np.isnan(score).any():
             raise ValueError(f"score holds {np.isnan(score).sum()} NaN: which blocks to keep is undefined.")
-        keep = _highest(score.ravel(), count_kept(density, score.size)).reshape(grid)
+        keep = _highest(score.ravel(), count_stored(density, shape, block)).reshape(grid)
         cols, rows = np.nonzero(keep.T)
         return cls.from_indices(rows, cols, shape=shape, block=block)
 
@@ -226,6 +227,20 @@ class BlockPattern:
         i, o = as_pair(block)
         n = np.arange(operator.index(num_blocks))
         return cls.from_indices(n, n, shape=(num_blocks * i, num_blocks * o), block=(i, o))
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> BlockPattern:
+        """The pattern of a dict that a saver made of one: its arrays under the names of its leaves, or with its sizes.
+
+        That is what Orbax restores without a target, and `flax.serialization.to_state_dict`. A stack comes back as one.
+
+        Raises:
+          ValueError: for other keys, for leaves of different sizes, and unless all five arrays, which must be concrete,
+            say the same pattern.
+        """
+        from jaxsparse import _states
+
+        return _states.from_state(state)
 
     @classmethod
     def _of(cls, index: Index, shape: tuple[int, int], block: tuple[int, int]) -> BlockPattern:
@@ -285,6 +300,14 @@ class BlockPattern:
                 f"blocks have shape {jnp.shape(blocks)}, but the pattern stores {self.values_shape}: "
                 f"{self.nnzb} blocks of {self.values_shape[1:] or (1, 1)} in a {self.shape} matrix."
             )
+
+    def flops(self, rows: int) -> int:
+        """Operations of one product with `rows` inputs, a multiplication and an addition counting two, as XLA counts.
+
+        Whole blocks count, at the edge too. A training step takes three products. XLA's own count, which Flax's
+        `tabulate(compute_flops=True)` shows, sees nothing of a kernel (-1), and of back end "xla" what it expands too.
+        """
+        return 2 * rows * self.nnzb * self.block[0] * self.block[1]
 
     # ---- other libraries ------------------------------------------------------------------------
 

@@ -2,10 +2,19 @@
 
 The pattern of a sparse layer is the variable `pattern` of the collection "pattern". Pass that collection to
 `apply` beside "params", and give it an axis where you lift: `nn.scan(..., variable_axes={"params": 0, "pattern": 0})`.
+
+A random pattern depends on the layer's path in the model and on its `seed`, not on the key of `init`: parameters that
+were saved alone fit every model of the same code. So the layers that `nn.scan` or `nn.vmap` stacks share one pattern.
+Each gets its own, drawn from a key that you give, and then the pattern must be saved with the parameters:
+
+    nn.scan(..., variable_axes={"params": 0, "pattern": 0}, split_rngs={"params": True, "pattern": True})
+    model.init({"params": key, "pattern": other_key}, x)
 """
 
 from __future__ import annotations
 
+import functools
+import zlib
 from typing import Any
 
 import flax.linen as nn
@@ -71,7 +80,8 @@ class BlockSparseDense(nn.Module):
 
     Attributes:
       features: number of outputs; no size need be a multiple of the block.
-      density: the fraction of blocks that exist, at random places drawn from the "params" stream.
+      density: the fraction of blocks that exist, at random places: drawn from the stream "pattern" where `init` is
+        given one, else from `seed` and the layer's path, the same for every key of `init`. At least one block.
       block: (i, o), or b for (b, b); a `pattern` brings its own.
       pattern: a BlockPattern of shape (in, features).
       mask: an (in, features) array; a block exists where any of its entries is set.
@@ -79,8 +89,10 @@ class BlockSparseDense(nn.Module):
         `kernel_init` sees is the mean number of stored inputs of an output.
       activation: "relu", "gelu", "silu" or a function, applied last.
       backend: a back end by name; None picks the best.
+      seed: another one gives another random pattern, to all layers at this path.
 
-    Raises ValueError if none or several of the three are given, or if they are of another shape.
+    Raises ValueError if none or several of the three are given, if they are of another shape, or if the density keeps
+    nothing. A mask or pattern with nothing in it is taken as it is.
     """
 
     features: int
@@ -96,6 +108,7 @@ class BlockSparseDense(nn.Module):
     bias_init: Initializer = _bias_init
     activation: ops.Activation = None
     backend: str | None = None
+    seed: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -111,14 +124,15 @@ class SparseDense(nn.Module):
 
     Attributes:
       features: number of outputs.
-      density: the fraction of entries that exist, at random places drawn from the "params" stream.
+      density: the fraction of entries that exist, at random places, as in `BlockSparseDense`. At least one entry.
       pattern: a BlockPattern of shape (in, features).
       mask: an (in, features) array; an entry exists where it is set. Arrays make a module unhashable: where it must be
         a static argument or a key, give the pattern instead, BlockPattern.from_mask(mask).
-      use_bias, dtype, param_dtype, precision, kernel_init, bias_init, activation, backend: as in
+      use_bias, dtype, param_dtype, precision, kernel_init, bias_init, activation, backend, seed: as in
         `BlockSparseDense`.
 
-    Raises ValueError if none or several of the three are given, or if they are of another shape.
+    Raises ValueError if none or several of the three are given, if they are of another shape, or if the density keeps
+    nothing. A mask or pattern with nothing in it is taken as it is.
     """
 
     features: int
@@ -133,6 +147,7 @@ class SparseDense(nn.Module):
     bias_init: Initializer = _bias_init
     activation: ops.Activation = None
     backend: str | None = None
+    seed: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -143,7 +158,7 @@ def _sparse(layer: BlockSparseDense | SparseDense, x: jax.Array, block) -> jax.A
     shape = (jnp.shape(x)[-1], layer.features)
 
     def draw() -> BlockPattern:
-        key = lambda: layer.make_rng("params")  # noqa: E731
+        key = functools.partial(_pattern_key, layer)
         return _flax.make_pattern(key, shape, layer.density, block, layer.pattern, layer.mask)
 
     if not layer.is_initializing() and not layer.has_variable("pattern", "pattern"):
@@ -158,6 +173,14 @@ def _sparse(layer: BlockSparseDense | SparseDense, x: jax.Array, block) -> jax.A
     return ops.spmm(
         x, kernel, pattern, bias, activation=layer.activation, precision=layer.precision, backend=layer.backend
     )
+
+
+def _pattern_key(layer: BlockSparseDense | SparseDense) -> jax.Array:
+    """From the stream "pattern" where the caller gave one; else the same in every model with a layer at this path."""
+    layer.make_rng("params")  # not used; the values drawn after it stay what they were when patterns came from here
+    if layer.has_rng("pattern"):
+        return layer.make_rng("pattern")
+    return _flax.pattern_key(layer.seed, zlib.crc32("/".join(layer.path).encode()))
 
 
 def _bias(layer) -> jax.Array | None:

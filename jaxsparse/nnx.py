@@ -1,7 +1,16 @@
-"""The layers of `jaxsparse.linen` for Flax NNX. The pattern is a `Pattern`, a variable that no gradient reaches."""
+"""The layers of `jaxsparse.linen` for Flax NNX. The pattern is a `Pattern`, a variable that no gradient reaches.
+
+A random pattern depends on the layer's `seed` and on how many keys the model drew before it, not on the keys:
+parameters that were saved alone fit every model that the same code makes from the same streams (`nnx.Rngs(0)` and
+`nnx.Rngs(params=0, dropout=1)` are not the same: in the first one dropout counts too). So the layers that `nnx.vmap`
+or `nnx.scan` stacks share one pattern. With a stream "pattern", as in `nnx.Rngs(0, pattern=1)`, patterns are drawn from
+it, and layers stacked under `nnx.split_rngs` get one each; then the patterns must be saved with the parameters.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,7 +27,24 @@ _bias_init = nnx.initializers.zeros_init()
 
 
 class Pattern(nnx.Variable):
-    """Holds a BlockPattern: read it with `get_value()`, replace it with `set_value(...)`."""
+    """Holds a BlockPattern: read it with `get_value()`, replace it with `set_value(...)`.
+
+    It takes also the dict that Orbax makes of a pattern, which `BlockPattern.from_state` then checks; so do
+    `nnx.update` and `nnx.merge` of a pure dict. One of another shape or block than the pattern in place is refused.
+    """
+
+    def create_value(self, value):
+        return super().create_value(_as_pattern(value))
+
+    def set_value(self, value, **options):
+        super().set_value(_as_pattern(value, self.get_raw_value()), **options)
+
+    def set_raw_value(self, value, **options):
+        super().set_raw_value(_as_pattern(value, self.get_raw_value()), **options)
+
+    @classmethod
+    def from_metadata(cls, value, attributes):
+        return super().from_metadata(_as_pattern(value), attributes)
 
 
 class BlockDiagLinear(nnx.Module):
@@ -79,7 +105,8 @@ class BlockSparseLinear(nnx.Module):
 
     Args:
       in_features, out_features: sizes; neither need be a multiple of the block.
-      density: the fraction of blocks that exist, at random places drawn from `rngs.params()`.
+      density: the fraction of blocks that exist, at random places: drawn from `rngs.pattern()` where there is such a
+        stream, else from `seed` and the number of keys that `rngs.params` gave before. At least one block.
       block: (i, o), or b for (b, b); a `pattern` brings its own.
       pattern: a BlockPattern of shape (in_features, out_features).
       mask: an (in_features, out_features) array; a block exists where any of its entries is set.
@@ -87,8 +114,10 @@ class BlockSparseLinear(nnx.Module):
         that `kernel_init` sees is the mean number of stored inputs of an output.
       activation: "relu", "gelu", "silu" or a function, applied last.
       backend: a back end by name; None picks the best.
+      seed: another one gives another random pattern.
     Raises:
-      ValueError: if none or several of the three are given, or if they are of another shape.
+      ValueError: if none or several of the three are given, if they are of another shape, or if the density keeps
+        nothing. A mask or pattern with nothing in it is taken as it is.
     """
 
     def __init__(
@@ -108,10 +137,12 @@ class BlockSparseLinear(nnx.Module):
         bias_init: Initializer = _bias_init,
         activation: ops.Activation = None,
         backend: str | None = None,
+        seed: int = 0,
         rngs: nnx.Rngs,
     ):
         shape = (in_features, out_features)
-        pattern = _flax.make_pattern(rngs.params, shape, density, block, pattern, mask)
+        key = functools.partial(_pattern_key, rngs, seed)
+        pattern = _flax.make_pattern(key, shape, density, block, pattern, mask)
         self.pattern = Pattern(pattern)
         self.kernel = nnx.Param(_flax.sparse_values(rngs.params(), kernel_init, pattern, param_dtype))
         self.bias = _bias(bias_init, out_features, param_dtype, use_bias, rngs)
@@ -142,6 +173,28 @@ class SparseLinear(BlockSparseLinear):
         if "block" in options:
             raise TypeError("SparseLinear stores single entries and takes no block; BlockSparseLinear does.")
         super().__init__(in_features, out_features, block=(1, 1), rngs=rngs, **options)
+
+
+<<<<<<< HEAD
+def _pattern_key(rngs: nnx.Rngs, seed: int) -> jax.Array:
+    """From the stream "pattern" where there is one; else the same in every model that draws this layer after as many
+    others: the number of keys that were taken before does not depend on the keys, and may be traced."""
+    place = rngs.params.count[...]
+    rngs.params()  # not used; the values drawn after it stay what they were when patterns came from here
+    return rngs.pattern() if "pattern" in rngs else _flax.pattern_key(seed, place)
+=======
+def _as_pattern(value: Any, before: Any = None) -> Any:
+    """What a `Pattern` is given; a dict of a pattern's arrays as that pattern, which must fit the one before."""
+    if not isinstance(value, Mapping):
+        return value
+    value = value["value"] if set(value) == {"value"} else value  # so does Orbax save a variable
+    pattern = BlockPattern.from_state(value)
+    if isinstance(before, BlockPattern):
+        sizes = [(p.shape, p.block, p.transposed) for p in (pattern, before)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"the saved {pattern} does not fit the layer's {before}: make the layer as it was saved.")
+    return pattern
+>>>>>>> ckpt
 
 
 def _bias(init: Initializer, features: int, dtype: Dtype, use_bias: bool, rngs: nnx.Rngs):

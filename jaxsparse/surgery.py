@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from jaxsparse import _flax
 from jaxsparse import linen as sparse_linen
 from jaxsparse import nnx as sparse_nnx
-from jaxsparse._rules import Races, Report, Row, Rule, Rules, decide, first_match, parse
+from jaxsparse._rules import Races, Report, Row, Rule, Rules, decide, first_match, parse, passed_over
 from jaxsparse.formats import BlockPattern
 
 
@@ -52,7 +52,7 @@ def sparsify(
       only_if_faster: replace a layer only where its forward and backward pass takes less time than the dense one's.
       batch: for `only_if_faster`, the number of input rows to measure with.
     Returns:
-      The new model, and the report, row by row (`path`, `relative_error`, ...).
+      The new model, and the report, row by row (`path`, `relative_error`, ...), with what was `left` and the reasons.
     Raises:
       ValueError: for bad rules and rules that match nothing, with the nearest names; for layers that a rule's sizes
         don't fit, whose weight others share, or that hold what a sparse layer can't take over.
@@ -60,8 +60,9 @@ def sparsify(
     if fresh and rngs is None:
         raise ValueError("fresh layers draw their weights: give rngs=nnx.Rngs(seed).")
     races = Races(batch) if only_if_faster else None
-    layers, others = _nnx_layers(model)
-    chosen = decide(parse(rules), layers, others)
+    parsed = parse(rules)
+    layers, left, others = _nnx_layers(model)
+    chosen = decide(parsed, layers, others, left)
     _check_unshared(model, {path: layers[path] for path in chosen})
     rows, new = [], {}
     for path, rule in chosen.items():
@@ -79,7 +80,7 @@ def sparsify(
         rows.append(Row.of(path, rule, shape, **sizes, relative_error=error, milliseconds=times))
         if rule:
             new[path] = layer
-    report = Report(rows, _size(model))
+    report = Report(rows, _size(model), passed_over(parsed, left))
     if dry_run:
         return model, report
     put = lambda path, node: new.get(_dotted(path), node) if isinstance(node, nnx.Module) else node  # noqa: E731
@@ -122,12 +123,12 @@ class SparsifiedLinen(linen.Module):
 
     def __call__(self, *args, **kwargs):
         assert self.scope is not None  # Flax calls only bound modules
-        layers, others = {}, {}
+        layers, left, others = {}, {}, {}
         inner = self.dense.module.clone(parent=self.scope.rewound(), name=None)
-        with linen.intercept_methods(_interceptor(self.rules, len(self.path), layers, others)):
+        with linen.intercept_methods(_interceptor(self.rules, len(self.path), layers, left, others)):
             out = inner(*args, **kwargs)
         if self.is_initializing():
-            decide(self.rules, layers, others)
+            decide(self.rules, layers, others, left)
         return out
 
 
@@ -146,13 +147,13 @@ def sparsify_variables(
     Raises:
       ValueError: for rules that match nothing, and layers that a rule's sizes don't fit.
     """
-    layers, others = {}, {}
-    with linen.intercept_methods(_interceptor((), 0, layers, others)):
+    layers, left, others = {}, {}, {}
+    with linen.intercept_methods(_interceptor((), 0, layers, left, others)):
         jax.eval_shape(lambda: model.dense.module.init(jax.random.key(0), *args, **kwargs))
     params: dict[tuple[str, ...], Any] = dict(flatten_dict(variables["params"]))  # pyright: ignore[reportArgumentType]
     patterns, rows = dict(flatten_dict(variables.get("pattern", {}))), []
     total = sum(jnp.size(p) for p in params.values())
-    for path, rule in decide(model.rules, layers, others).items():
+    for path, rule in decide(model.rules, layers, others, left).items():
         scope = layers[path]
         kernel = params[*scope, "kernel"]
         bias = params.get((*scope, "bias"), np.zeros(0, kernel.dtype))
@@ -172,7 +173,15 @@ def sparsify_variables(
     new = {**variables, "params": unflatten_dict(params)}
     if patterns:
         new["pattern"] = unflatten_dict(patterns)
-    return new, Report(rows, total)
+    return new, Report(rows, total, passed_over(model.rules, left))
+
+
+def _why_left(module: Any, dense: str) -> str:
+    """Why a layer that looks dense is not replaced."""
+    kind = type(module).__name__
+    is_derived = isinstance(module, (nnx.Linear, linen.Dense))
+    what = f"a subclass of {dense}, which may compute something else" if is_derived else f"and no {dense}"
+    return f"is a {kind}, {what}. Use {dense} there, or the sparse layer itself."
 
 
 # ---- one weight ---------------------------------------------------------------------------------------
@@ -222,11 +231,18 @@ def _dotted(path: tuple) -> str:
     return ".".join(map(str, path))
 
 
-def _nnx_layers(model: nnx.Module) -> tuple[dict[str, nnx.Linear], dict[str, str]]:
-    """The layers that can be replaced, and the type names of all other modules, by path."""
-    modules = {_dotted(path): m for path, m in nnx.iter_modules(model)}
-    layers = {path: m for path, m in modules.items() if type(m) is nnx.Linear}
-    return layers, {path: type(m).__name__ for path, m in modules.items() if path not in layers}
+def _nnx_layers(model: nnx.Module) -> tuple[dict[str, nnx.Linear], dict[str, str], dict[str, str]]:
+    """By path: the layers that can be replaced, why others that look dense can not, and the type names of the rest."""
+    layers, left, others = {}, {}, {}
+    for keys, m in nnx.iter_modules(model):
+        path = _dotted(keys)
+        if type(m) is nnx.Linear:
+            layers[path] = m
+        elif isinstance(m, (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)):
+            left[path] = _why_left(m, "nnx.Linear")
+        else:
+            others[path] = type(m).__name__
+    return layers, left, others
 
 
 def _check_unshared(model: nnx.Module, layers: Mapping[str, nnx.Linear]) -> None:
@@ -313,12 +329,15 @@ def _step(layer: nnx.Module, x: jax.Array) -> Callable[[], Any]:
 # ---- Linen --------------------------------------------------------------------------------------------
 
 
-def _interceptor(rules: tuple[Rule, ...], depth: int, layers: dict[str, tuple], others: dict[str, str]):
+def _interceptor(
+    rules: tuple[Rule, ...], depth: int, layers: dict[str, tuple], left: dict[str, str], others: dict[str, str]
+):
     """Computes `nn.Dense` calls by sparse layers in the same scope where rules say so, and notes what it meets.
 
     Args:
       depth: how much of every module's path lies above the model.
-      layers, others: filled with the scope of each Dense, and the type name of every other module, by dotted path.
+      layers, left, others: filled, by dotted path, with the scope of each Dense, the reason why one that looks like it
+        is left, and the type name of every other module.
     """
 
     def intercept(next_call, args, kwargs, context):
@@ -327,7 +346,10 @@ def _interceptor(rules: tuple[Rule, ...], depth: int, layers: dict[str, tuple], 
             return next_call(*args, **kwargs)
         path = _dotted(module.path[depth:])
         if type(module) is not linen.Dense:
-            others[path] = type(module).__name__
+            if isinstance(module, (linen.Dense, linen.DenseGeneral, linen.Einsum)):
+                left[path] = _why_left(module, "nn.Dense")
+            else:
+                others[path] = type(module).__name__
             return next_call(*args, **kwargs)
         layers[path] = module.path[depth:]
         rule = first_match(rules, path)

@@ -16,8 +16,8 @@ import torch
 from flax import linen
 
 from torch_bridge import BlockSparseLinear, BridgeError, from_flax, jax2torch
-from torch_bridge.compile import _handle
 from torch_bridge.function import TracedFunction
+from torch_bridge.operator import handle_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's own
 
@@ -134,7 +134,7 @@ def test_the_operator_passes_opcheck():
     traced, x, w = TracedFunction(lambda x, w: jnp.tanh(x @ w), "f"), torch.randn(3, 4), torch.randn(4, 2)
     traced((x, w), {})
     (op,) = traced.ops.values()
-    result = torch.library.opcheck(torch.ops.torch_bridge.call, ([x, w.requires_grad_()], _handle(op)))
+    result = torch.library.opcheck(torch.ops.torch_bridge.call, ([x, w.requires_grad_()], handle_of(op)))
     assert set(result.values()) == {"SUCCESS"}
 
 

@@ -59,6 +59,33 @@ def test_the_copy_shares_nothing():
     assert torch.equal(layer.to_sparse().to_dense(), before)
 
 
+def test_blocks_of_one_entry_are_entries():
+    layer = SparseLinear.from_sparse(weight().to_sparse_bsr((1, 1)))
+    assert layer.weight.shape == (weight().count_nonzero(),)
+    x = torch.randn(5, 40)
+    torch.testing.assert_close(layer(x), x @ weight().T)
+
+
+FALLS = {
+    "falls": (lambda ptr: ptr.index_put((torch.tensor(2),), torch.tensor(99)), "falls from 99 to"),
+    "starts late": (lambda ptr: ptr.index_put((torch.tensor(0),), torch.tensor(-1)), "runs from -1 to"),
+    "ends early": (lambda ptr: ptr.clamp(max=int(ptr.max()) - 1), "runs from 0 to"),
+    "ends late": (lambda ptr: ptr + (ptr == ptr.max()), "runs from 0 to"),
+}
+
+
+@pytest.mark.parametrize("name", FALLS)
+@pytest.mark.parametrize("block", [None, (8, 4)])
+def test_row_pointers_that_are_none_are_refused(name, block):
+    good = weight().to_sparse_bsr(block) if block else weight().to_sparse_csr()
+    spoil, message = FALLS[name]
+    make = torch.sparse_bsr_tensor if block else torch.sparse_csr_tensor
+    parts = spoil(good.crow_indices()), good.col_indices(), good.values()
+    bad = make(*parts, good.shape, check_invariants=False)
+    with pytest.raises(ValueError, match=f"crow_indices of the torch.sparse_.sr weight .*{message}"):
+        BlockSparseLinear.from_sparse(bad)
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="strided tensor of 2 dimensions, and must be sparse_csr"):
         SparseLinear.from_sparse(weight())

@@ -224,3 +224,102 @@ def test_roberta_keeps_67_6_of_its_83_5_million_parameters():
     loss.backward()
     dense = model.roberta.encoder.layer[0].intermediate.dense
     assert dense.weight.grad.shape == (24 * 96 // 2, 32, 32) and dense.weight.grad.abs().sum() > 0
+
+
+# ---- what is left, and what is taken beside torch.nn.Linear -----------------------------------------------
+
+SPARSE = {"kind": "sparse", "density": 0.5}
+
+
+class Plain(nn.Linear):
+    """Computes what its base class does."""
+
+
+class Double(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Own(nn.Module):
+    def __init__(self, size_in, out):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out, size_in))
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+def odd():
+    model = nn.ModuleDict({kind.__name__: kind(8, 6) for kind in (nn.Linear, Plain, Double, Own, nn.Embedding)})
+    model["lazy"] = nn.LazyLinear(6)
+    model["normed"] = nn.utils.parametrizations.weight_norm(nn.Linear(8, 6))
+    model["attention"] = nn.MultiheadAttention(8, 2)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_layers_that_look_dense_are_left_with_a_reason():
+    model = odd()
+    report = sparsify(model, [(".*", SPARSE)])
+    assert [row.path for row in report] == ["Linear"]
+    reasons = {one.path: one.reason for one in report.left}
+    for path, reason in {
+        "Plain": r"a subclass of torch.nn.Linear: where its owner only calls it, give also=(Plain,).",
+        "Double": "is a Double with a forward pass of its own",
+        "Own": "is a Own, and no torch.nn.Linear or Conv1D",
+        "lazy": "is a LazyLinear that has no weight yet: call the model once",
+        "normed": "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')",
+        "attention.out_proj": "torch.nn.MultiheadAttention reads its weight and does not call it",
+    }.items():
+        assert reason in reasons.pop(path)
+        assert reason in str(report)
+    assert not reasons
+    with pytest.raises(ValueError, match="'Double' is a Double with a forward pass of its own"):
+        sparsify(model, [("Double", SPARSE)])
+
+
+def test_subclasses_are_taken_where_the_caller_names_them():
+    model, x = odd(), torch.randn(3, 8)
+    before = model["Plain"](x)
+    report = sparsify(model, [(".*", {"kind": "sparse", "density": 1})], also=(Plain, nn.Linear))
+    assert [row.path for row in report] == ["Linear", "Plain"]
+    torch.testing.assert_close(model["Plain"](x), before)
+    report.revert()
+    assert type(model["Plain"]) is Plain
+    out_proj = type(model["attention"].out_proj)
+    report = sparsify(model, [(".*", SPARSE)], also=(out_proj,))  # its owner still reads its weight
+    assert "attention.out_proj" in [one.path for one in report.left]
+    for kind in (Double, Own):
+        with pytest.raises(
+            ValueError, match=rf"also={kind.__name__} is no subclass of torch.nn.Linear with the forward"
+        ):
+            sparsify(model, [(".*", SPARSE)], also=(kind,))
+
+
+@pytest.mark.parametrize(
+    "settle, call",
+    [
+        (lambda m: nn.utils.prune.l1_unstructured(m, "weight", 0.5), r"torch.nn.utils.prune.remove\(layer, 'weight'\)"),
+        (nn.utils.spectral_norm, r"torch.nn.utils.remove_spectral_norm\(layer, 'weight'\)"),
+    ],
+)
+def test_a_weight_that_a_hook_computes_is_to_be_made_a_parameter_first(settle, call):
+    model = net()
+    settle(model.head)
+    with pytest.raises(ValueError, match=f"head has a weight that a hook computes. Make it a parameter first: {call}"):
+        sparsify(model, RULES)
+
+
+def test_conv1d_of_transformers_is_replaced_as_a_linear_layer():
+    utils = pytest.importorskip("transformers.pytorch_utils", reason="transformers, which has Conv1D, is not installed")
+    torch.manual_seed(0)
+    model, x = nn.Sequential(utils.Conv1D(12, 8), nn.ReLU(), utils.Conv1D(4, 12)), torch.randn(3, 8)
+    before = model(x)
+    report = sparsify(model, [("0", {"kind": "block_diag", "num_blocks": 1}), ("2", {"kind": "sparse", "density": 1})])
+    torch.testing.assert_close(model(x), before)
+    assert [(row.before, row.relative_error) for row in report] == [("8x12", 0), ("12x4", 0)] and not report.left
+    report.revert()
+    assert torch.equal(model(x), before)
+    report = sparsify(model, [(".*", {"kind": "sparse", "density": 0.5})], only_if_faster=True, batch=8)
+    fresh = sparsify(nn.Sequential(utils.Conv1D(12, 8)), [("0", SPARSE)], fresh=True)
+    assert len(report) == 2 and fresh[0].parameters == (108, 60)

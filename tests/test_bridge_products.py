@@ -271,6 +271,26 @@ def test_jit_trace_follows_other_inputs_and_batch_sizes(make):
 
 
 @each_layer
+def test_fx_symbolic_trace_keeps_the_operator(make):
+    model = torch.nn.Sequential(make().eval(), torch.nn.ReLU())
+    graph = torch.fx.symbolic_trace(model)
+    assert "jaxsparse" in str(graph.graph)
+    for rows in (3, 6):
+        x = torch.randn(rows, model[0].in_features)
+        assert torch.equal(graph(x), model(x))
+
+
+@each_layer
+def test_the_flop_counter_counts_three_products(make):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layer = make()
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.randn(5, layer.in_features, requires_grad=True)).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 5 * layer.weight.numel()
+
+
+@each_layer
 def test_a_dispatch_mode_sees_the_operator(make):
     from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.sparse
+from jax.experimental import sparse as jsparse
 
-from jaxsparse import BlockPattern, reference, testing
+from jaxsparse import BlockPattern, reference, spmm, testing
 
 KEY = jax.random.key(0)
 
@@ -144,10 +145,80 @@ def test_other_libraries_matrices_round_trip(name):
             np.testing.assert_array_equal(reference.densify(values, again), dense)
 
 
+FALLS = {  # what is done to the row pointers [0, 2, 4, 6, 8] of a matrix, and what is said
+    "falls": ([0, 5, 4, 6, 8], "falls from 5 to 4 at position 2"),
+    "falls below zero": ([0, 2, -1, 6, 8], "falls from 2 to -1 at position 2"),
+    "starts late": ([1, 2, 4, 6, 8], "runs from 1 to 8, with 8 indices and 8 values"),
+    "ends early": ([0, 2, 4, 6, 7], "runs from 0 to 7, with 8 indices"),
+    "ends late": ([0, 2, 4, 6, 9], "runs from 0 to 9, with 8 indices"),
+    "is short": ([0, 2, 4, 8], r"shape \(4,\), but 4 lines need 5 integers"),
+    "is long": ([0, 2, 4, 6, 8, 8], r"shape \(6,\), but 4 lines need 5 integers"),
+    "is of floats": ([0.0, 2.0, 4.0, 6.0, 8.0], "float64 of shape"),
+}
+CIRCLE = np.eye(4) + np.roll(np.eye(4), 1, axis=1)  # two entries in every row and column
+
+
+@pytest.mark.parametrize("format", ["csr", "csc", "bsr", "bcsr"])
+@pytest.mark.parametrize("name", FALLS)
+def test_row_pointers_that_are_none_are_refused(format, name):
+    ptr, message = FALLS[name]
+    if format == "bcsr":
+        matrix, back = jsparse.BCSR.fromdense(jnp.asarray(CIRCLE)), BlockPattern.from_bcsr
+        assert back(matrix)[0].nnzb == 8
+        matrix.indptr = np.asarray(ptr)
+    else:
+        size = {"blocksize": (2, 3)} if format == "bsr" else {}
+        dense = np.kron(CIRCLE, np.ones((2, 3))) if size else CIRCLE
+        matrix, back = getattr(scipy.sparse, f"{format}_array")(dense, **size), BlockPattern.from_scipy
+        assert back(matrix)[0].nnzb == 8
+        matrix.indptr = np.asarray(ptr)
+    with pytest.raises(ValueError, match=f"the {format.upper()} matrix's indptr .*{message}"):
+        back(matrix)
+
+
+def test_values_that_are_too_many_are_refused():
+    matrix = scipy.sparse.csr_array(CIRCLE)
+    matrix.data = np.ones(9)
+    with pytest.raises(ValueError, match="runs from 0 to 8, with 8 indices and 9 values"):
+        BlockPattern.from_scipy(matrix)
+
+
+@pytest.mark.parametrize("format", ["csr", "csc", "coo", "lil", "dok", "dia", "bsr"])
+def test_every_format_of_scipy_is_read(format):
+    matrix = getattr(scipy.sparse, f"{format}_array")(CIRCLE)
+    pattern, values = BlockPattern.from_scipy(matrix)
+    np.testing.assert_array_equal(pattern.to_dense(values), CIRCLE)
+
+
+def test_blocks_of_one_entry_have_the_values_of_entries():
+    pattern, values = BlockPattern.from_scipy(scipy.sparse.csr_array(CIRCLE).tobsr((1, 1)))
+    assert (pattern.block, values.shape, pattern.values_shape) == ((1, 1), (8,), (8,))
+    np.testing.assert_allclose(spmm(jnp.eye(4), values, pattern), CIRCLE)
+
+
+def test_the_padding_of_jaxs_matrices_is_left_out():
+    for kind, back in ((jsparse.BCOO, BlockPattern.from_bcoo), (jsparse.BCSR, BlockPattern.from_bcsr)):
+        for spare in (0, 1, 7):
+            pattern, values = back(kind.fromdense(jnp.asarray(CIRCLE), nse=8 + spare))
+            assert pattern.nnzb == 8
+            np.testing.assert_array_equal(pattern.to_dense(values), CIRCLE)
+    half = jsparse.BCOO((jnp.ones(1), jnp.array([[4, 1]])), shape=(4, 4))
+    with pytest.raises(ValueError, match="row index 4 .*outside 0 to 3"):
+        BlockPattern.from_bcoo(half)
+
+
 def test_an_unsorted_scipy_matrix_is_sorted_with_its_values():
     matrix = scipy.sparse.coo_array(([1.0, 2.0, 3.0], ([2, 0, 1], [1, 1, 0])), shape=(3, 2))
     pattern, values = BlockPattern.from_scipy(matrix)
     np.testing.assert_array_equal(pattern.to_dense(values), matrix.toarray())
+
+
+@pytest.mark.parametrize("block", [1, (8, 16)])
+def test_flops_at_density_1_are_what_xla_counts_for_the_dense_product(block):
+    pattern = BlockPattern.random(KEY, (64, 32), density=1, block=block)
+    dense = jax.jit(jnp.matmul).lower(jnp.ones((6, 64)), jnp.ones((64, 32))).cost_analysis()
+    assert pattern.flops(6) == pattern.T.flops(6) == dense["flops"] == 6 * 64 * 32 * 2
+    assert BlockPattern.random(KEY, (64, 32), density=0.25, block=block).flops(6) == pattern.flops(6) // 4
 
 
 def test_effective_fans():
@@ -162,6 +233,14 @@ REFUSED = {
     "density above 1": (lambda: BlockPattern.random(KEY, (8, 8), density=1.5), r"density=1.5 is outside \[0, 1\]"),
     "density NaN": (lambda: BlockPattern.random(KEY, (8, 8), density=float("nan")), "outside"),
     "negative density": (lambda: BlockPattern.from_dense(EYE, density=-0.1), "density=-0.1"),
+    "density that keeps nothing": (
+        lambda: BlockPattern.random(KEY, (20, 10), density=1e-4),
+        r"0.0001 x 200 = 0.02, rounded 0. Give a density of at least 1 / 200 = 0.005; density=0 if nothing",
+    ),
+    "blocks of which none is kept": (
+        lambda: BlockPattern.from_dense(EYE, density=0.1, block=2),
+        r"4 blocks of \(2, 2\): 0.1 x 4 = 0.4, rounded 0.*1 / 4 = 0.25, or smaller blocks",
+    ),
     "block too large": (lambda: BlockPattern.random(KEY, (8, 40), density=1, block=16), "16 > in=8.*at most"),
     "block of zero": (lambda: BlockPattern.random(KEY, (8, 8), density=1, block=0), r"at least \(1, 1\)"),
     "a triple block": (lambda: BlockPattern.banded((8, 8), 1, (1, 2, 3)), "neither an int nor a pair"),
@@ -206,3 +285,24 @@ def test_a_duplicate_in_scipy_is_refused():
     matrix = scipy.sparse.coo_array(([1.0, 2.0], ([0, 0], [1, 1])), shape=(3, 2))
     with pytest.raises(ValueError, match="duplicate"):
         BlockPattern.from_scipy(matrix)
+
+
+@pytest.mark.parametrize("size", [2**16, 2**16 + 1, 3 * 2**16])
+def test_indices_of_many_rows_are_sorted_into_row_order(size):
+    rows, cols = np.array([0, 7, 2**16 - 1, size - 1, 1, size - 1]), np.array([0, 0, 0, 1, 2, 2])
+    keep = np.append(True, (np.diff(rows) != 0) | (np.diff(cols) != 0))
+    pattern = BlockPattern.from_indices(rows[keep], cols[keep], shape=(size, 3))
+    order = np.lexsort((cols[keep], rows[keep]))
+    np.testing.assert_array_equal(pattern.order, order)
+    np.testing.assert_array_equal(pattern.col_index, cols[keep][order])
+    np.testing.assert_array_equal(pattern.row_ptr, np.searchsorted(rows[keep][order], np.arange(size + 1)))
+
+
+def test_a_pattern_does_not_change_with_the_arrays_that_it_was_made_of():
+    memory = np.zeros(4 * 64 + 64, np.uint8)
+    start = -memory.ctypes.data % 64  # aligned as JAX wants memory that it shares
+    rows = memory[start : start + 4 * 64].view(np.int32)
+    rows[:] = np.arange(64)
+    pattern = BlockPattern.from_indices(rows, np.zeros(64, np.int32), shape=(64, 1))
+    rows[:] = 0
+    np.testing.assert_array_equal(pattern.row_index, np.arange(64))

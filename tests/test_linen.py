@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import jaxsparse
+import jaxsparse.surgery
 from jaxsparse import BlockPattern, testing
 
 KEY = jax.random.key(0)
@@ -114,6 +115,106 @@ def test_scan_vmap_and_remat_lift_a_layer(name):
     np.testing.assert_allclose(got[0], layer.apply(first, X), rtol=1e-5, atol=1e-5)
 
 
+class Compact(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = jaxsparse.SparseDense(96, 0.1)(x)
+        return jaxsparse.SparseDense(96, 0.1)(x) + nn.remat(jaxsparse.BlockSparseDense)(96, 0.3, 16, name="blocks")(x)
+
+
+class Setup(nn.Module):
+    def setup(self):
+        self.one, self.two = jaxsparse.SparseDense(96, 0.1), jaxsparse.SparseDense(96, 0.1)
+        self.nested = [Compact(), Compact()]
+
+    def __call__(self, x):
+        return self.nested[1](self.nested[0](self.two(self.one(x))))
+
+
+class Step(nn.Module):
+    @nn.compact
+    def __call__(self, h):
+        return h + jaxsparse.SparseDense(96, 0.1)(h), None
+
+
+def stack(**split):
+    axes = {"params": 0, "pattern": 0}
+    return nn.scan(Step, variable_axes=axes, split_rngs={"params": True, **split}, length=3)()
+
+
+PINNED = [5, 18, 19, 36, 40, 54, 65, 67]
+MODELS = {
+    "a layer": jaxsparse.SparseDense(64, 0.1),
+    "a layer with a seed": jaxsparse.BlockSparseDense(64, 0.3, 16, seed=3),
+    "compact": Compact(),
+    "setup, nested": Setup(),
+    "scanned": stack(),
+    "a rule's": jaxsparse.surgery.sparsify_linen(
+        nn.Sequential([nn.Dense(96)] * 2), [(".*", {"kind": "sparse", "density": 0.1})]
+    ),
+}
+
+
+def rows(tree):
+    """The row indices of all patterns in a tree."""
+    patterns = jax.tree.leaves(tree, is_leaf=lambda p: isinstance(p, BlockPattern))
+    return [np.asarray(p.row_index) for p in patterns]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_alone_fit_a_model_made_with_another_key(name):
+    model = MODELS[name]
+    saved, other = model.init(KEY, X), jax.jit(model.init)(jax.random.key(1), X)
+    assert not all(map(np.array_equal, *map(jax.tree.leaves, (saved["params"], other["params"]))))
+    got, want = (model.apply({**v, "params": saved["params"]}, X) for v in (other, saved))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_every_layer_has_a_pattern_of_its_own():
+    drawn = rows(Setup().init(KEY, X)["pattern"])
+    assert len(drawn) == 8 and len({r.tobytes() for r in drawn}) == 8
+    seeds = [rows(jaxsparse.SparseDense(64, 0.1, seed=seed).init(KEY, X)["pattern"])[0] for seed in (0, 1)]
+    assert not np.array_equal(*seeds)
+
+
+def test_a_pattern_does_not_hang_on_the_settings_of_jax():
+    make = lambda: rows(jaxsparse.SparseDense(64, 0.1).init(jax.random.key(0), X)["pattern"])[0]  # noqa: E731
+    want = make()
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(make(), want)
+    with jax.default_prng_impl("rbg"):
+        np.testing.assert_array_equal(make(), want)
+    assert want[:8].tolist() == PINNED  # across processes and versions too
+
+
+def test_stacked_layers_share_a_pattern_unless_a_stream_of_that_name_is_split():
+    keys = {"params": KEY, "pattern": jax.random.key(1)}
+    for split, rngs, alike in (({}, KEY, True), ({"pattern": True}, KEY, True), ({"pattern": True}, keys, False)):
+        variables = stack(**split).init(rngs, X)
+        (first, second, _), *_ = rows(variables["pattern"])
+        assert np.array_equal(first, second) == alike
+    one = jaxsparse.SparseDense(64, 0.1)
+    drawn, default = one.init(keys, X), one.init(KEY, X)
+    jax.tree.map(np.testing.assert_array_equal, drawn["params"], default["params"])
+    assert not np.array_equal(*(rows(v["pattern"])[0] for v in (drawn, default)))
+
+
+def test_parameters_alone_do_not_carry_a_pattern_that_moved_or_was_given():
+    """What no check sees: such a pattern must be saved too, as every framework's checkpoint of the whole model does."""
+    layer = jaxsparse.SparseDense(64, 0.1)
+    variables, moved = layer.init(KEY, X), BlockPattern.random(KEY, (96, 64), density=0.1)
+    trained = {**variables, "pattern": {"pattern": moved}}
+    assert not np.allclose(layer.apply(variables, X), layer.apply(trained, X))
+
+
+def test_a_mask_or_a_pattern_with_nothing_in_it_is_a_layer_of_its_bias():
+    for options in ({"mask": np.zeros((96, 64))}, {"pattern": BlockPattern.random(KEY, (96, 64), density=0)}):
+        layer = jaxsparse.SparseDense(64, bias_init=nn.initializers.ones_init(), **options)
+        y, variables = layer.init_with_output(KEY, X)
+        assert variables["params"]["kernel"].shape == (0,)
+        np.testing.assert_array_equal(y, np.ones((6, 64)))
+
+
 def test_optax_sees_only_floats():
     variables = LAYERS["unstructured"].init(KEY, X)
     state = optax.adamw(1e-3).init(variables["params"])
@@ -125,7 +226,7 @@ def test_optax_sees_only_floats():
 @pytest.mark.parametrize("name", ["block-diagonal", "block-sparse", "unstructured"])
 def test_a_checkpoint_restores_into_a_fresh_model_with_its_pattern(name, kind, tmp_path):
     layer = LAYERS[name]
-    saved, fresh = layer.init(KEY, X), layer.init(jax.random.key(5), X)
+    saved, fresh = layer.init(KEY, X), layer.init({"params": jax.random.key(5), "pattern": jax.random.key(6)}, X)
     if kind == "orbax":
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(tmp_path / "c", saved)
@@ -199,6 +300,12 @@ REFUSED = {
     "mask shape": (jaxsparse.SparseDense(64, mask=MASK.T), r"\(64, 96\).*maps 96 features to 64. Transpose it"),
     "pattern shape": (jaxsparse.BlockSparseDense(64, pattern=OTHERS["shape"]), r"Make one of shape \(96, 64\)"),
     "density": (jaxsparse.SparseDense(64, 1.1), "density=1.1 is outside"),
+    "nothing": (jaxsparse.SparseDense(64, 0), r"density=0 leaves a layer without a weight.*\(96, 64\), density=0"),
+    "almost nothing": (
+        jaxsparse.SparseDense(64, 1e-5),
+        r"1e-05 x 6144 = 0.0614, rounded 0. Give a density of at least 1 / 6144 = 0.000163; density=0 if nothing",
+    ),
+    "blocks too large": (jaxsparse.BlockSparseDense(64, 0.05), "0.05 x 6 = 0.3, rounded 0.*1 / 6 = 0.167, or smaller"),
     "block": (jaxsparse.BlockSparseDense(64, 0.5, 128), r"128 > in=96.*at most \(96, 64\)"),
     "back end": (jaxsparse.SparseDense(64, 0.5, backend="cuda"), "unknown backend 'cuda'"),
     "activation": (jaxsparse.BlockDiagDense(64, 4, activation="elu"), "unknown activation 'elu'"),

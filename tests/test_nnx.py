@@ -43,7 +43,7 @@ class Model(nnx.Module):
 @pytest.mark.parametrize("name", TWINS)
 def test_linen_and_nnx_agree_bit_for_bit_given_the_same_parameters(name):
     linen, make = TWINS[name]
-    variables, twin = linen.init(KEY, X), make(nnx.Rngs(3))
+    variables, twin = linen.init(KEY, X), make(nnx.Rngs(3, pattern=4))
     assert jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(twin, nnx.Param))) == jax.tree.map(
         jnp.shape, variables["params"]
     )
@@ -130,12 +130,65 @@ def test_a_replaced_pattern_is_used_without_a_new_trace():
 
 
 def test_orbax_restores_into_a_fresh_model(tmp_path):
-    model, fresh = Model(nnx.Rngs(0)), Model(nnx.Rngs(1))
+    model, fresh = Model(nnx.Rngs(0)), Model(nnx.Rngs(1, pattern=2))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "c", nnx.state(model))
         checkpointer.wait_until_finished()
         nnx.update(fresh, checkpointer.restore(tmp_path / "c", nnx.state(fresh)))
     np.testing.assert_array_equal(fresh(X), model(X))
+
+
+class Stacked(nnx.Module):
+    def __init__(self, rngs):
+        self.first = jaxsparse.SparseLinear(96, 96, density=0.1, rngs=rngs)
+        self.blocks = nnx.split_rngs(splits=3)(nnx.vmap(Twins))(rngs)
+
+    def __call__(self, x):
+        return nnx.scan(lambda x, blocks: blocks(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
+
+
+class Twins(nnx.Module):
+    def __init__(self, rngs):
+        self.one = jaxsparse.SparseLinear(96, 96, density=0.1, rngs=rngs)
+        self.two = jaxsparse.SparseLinear(96, 96, density=0.1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.two(nnx.relu(self.one(x)))
+
+
+def rows(layer):
+    return np.asarray(layer.pattern.get_value().row_index)
+
+
+@pytest.mark.parametrize("make", [Model, Twins, Stacked])
+def test_parameters_alone_fit_a_model_made_with_another_key(make):
+    model, other = make(nnx.Rngs(0)), nnx.jit(make)(nnx.Rngs(1))
+    assert not np.array_equal(model(X), other(X))
+    nnx.update(other, nnx.state(model, nnx.Param))
+    np.testing.assert_array_equal(other(X), model(X))
+
+
+def test_a_wrapped_layer_fits_the_parameters_of_another_key_too():
+    layer = nnx.bridge.ToLinen(jaxsparse.SparseLinear, args=(96, 64), kwargs={"density": 0.1})
+    saved, other = (layer.init(jax.random.key(seed), X) for seed in (0, 1))
+    got, want = (layer.apply({**v, "params": saved["params"]}, X) for v in (other, saved))
+    np.testing.assert_array_equal(got, want)
+
+
+def test_every_layer_has_a_pattern_of_its_own():
+    twins, seeded = Twins(nnx.Rngs(0)), jaxsparse.SparseLinear(96, 96, density=0.1, seed=1, rngs=nnx.Rngs(0))
+    assert not np.array_equal(rows(twins.one), rows(twins.two))
+    assert not np.array_equal(rows(twins.one), rows(seeded))
+
+
+def test_a_stream_named_pattern_gives_the_patterns_and_changes_no_value():
+    default, drawn = Stacked(nnx.Rngs(0)), Stacked(nnx.Rngs(0, pattern=1))
+    assert not np.array_equal(rows(default.first), rows(drawn.first))
+    values = (nnx.state(model, nnx.Param) for model in (default, drawn))
+    jax.tree.map(np.testing.assert_array_equal, *values)
+    for model, alike in ((default, True), (drawn, False)):  # the layers of a stack
+        first, second, _ = rows(model.blocks.one)
+        assert np.array_equal(first, second) == alike
 
 
 def test_bridge_from_linen_holds_parameters_and_pattern():
@@ -150,6 +203,11 @@ REFUSED = {
     "two": (lambda r: jaxsparse.SparseLinear(96, 64, density=1, mask=np.eye(96, 64), rngs=r), "density and mask"),
     "mask": (lambda r: jaxsparse.SparseLinear(96, 64, mask=np.eye(64, 96), rngs=r), "Transpose it"),
     "density": (lambda r: jaxsparse.SparseLinear(96, 64, density=2, rngs=r), "density=2"),
+    "nothing": (
+        lambda r: jaxsparse.SparseLinear(96, 64, density=0, rngs=r),
+        "density=0 leaves a layer without a weight",
+    ),
+    "almost nothing": (lambda r: jaxsparse.SparseLinear(96, 64, density=1e-5, rngs=r), "1e-05 x 6144 = 0.0614"),
 }
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxsparse._rules import Races, Report, Row, Rule, decide, parse, race
+from jaxsparse._rules import Races, Report, Row, Rule, decide, parse, passed_over, race
 
 LAYERS = ["encoder.0.up", "encoder.0.down", "encoder.1.up", "encoder.10.up", "head"]
 OTHERS = {"encoder.0.norm": "LayerNorm", "encoder": "ModuleList"}
@@ -114,3 +114,20 @@ def test_equal_pairs_are_raced_once():
     assert made == ["a", "b"]
     with pytest.raises(ValueError, match="give batch"):
         Races(None)
+
+
+LEFT = {"attn.out": "is an Odd layer.", "attn.in": "is an Odd layer.", "other": "is a Strange one."}
+
+
+def test_what_looks_dense_and_is_left_is_told_with_the_reason():
+    rules = parse([("attn.*", SPARSE), ("head|other", SPARSE)])
+    with pytest.raises(
+        ValueError, match=r"'attn.\*', matches no layer that can be replaced: 'attn.out' is an Odd .* 1 more"
+    ):
+        decide(rules, LAYERS, OTHERS, LEFT)
+    with pytest.raises(ValueError, match="no dense layer that can be replaced: 'attn.out' is an Odd layer"):
+        decide(parse([("nothing", SPARSE)]), [], OTHERS, LEFT)
+    passed = passed_over(parse([("attn.in", None), *zip(["attn.*", "other"], [SPARSE] * 2, strict=True)]), LEFT)
+    assert [one.path for one in passed] == ["attn.out", "other"]
+    lines = str(Report([], 0, passed_over(rules, LEFT))).splitlines()
+    assert lines[-2:] == ["left: attn.out and 1 more is an Odd layer.", "left: other is a Strange one."]

@@ -100,6 +100,14 @@ def test_fresh_layers_are_drawn_from_the_rngs():
     assert (heads[0] == heads[1]).all() and not (heads[0] == heads[2]).any()
     with pytest.raises(ValueError, match="give rngs"):
         sparsify(Net(), RULES, fresh=True)
+    one, two = (sparsify(Net(), RULES, fresh=True, rngs=nnx.Rngs(seed))[0] for seed in (1, 2))
+    nnx.update(two, nnx.state(one, nnx.Param))  # parameters alone: the patterns are the same
+    assert (two(X) == one(X)).all()
+
+
+def test_a_density_that_keeps_nothing_of_a_layer_is_refused_by_its_path():
+    with pytest.raises(ValueError, match=r"head: density=0.0001 keeps nothing of a \(\d+, \d+\) \(in, out\) matrix"):
+        sparsify(Net(), [("head", {"kind": "sparse", "density": 1e-4})])
 
 
 def test_a_layer_in_two_places_stays_one_and_a_shared_kernel_is_refused():
@@ -245,3 +253,40 @@ def test_linen_rules_that_match_nothing_and_odd_layers_are_told_apart():
     odd = nn.Dense(4, dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k))
     with pytest.raises(ValueError, match=r"layers_0: it has a dot_general"):
         sparsify_linen(nn.Sequential([odd]), [("layers_0", ENTRIES)]).init(jax.random.key(0), X)
+
+
+# ---- what is left ----------------------------------------------------------------------------------------
+
+
+class Scaled(nnx.Linear):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+def test_nnx_layers_that_look_dense_are_left_with_a_reason():
+    model = Net()
+    model.scaled, model.general = Scaled(4, 4, rngs=nnx.Rngs(0)), nnx.LinearGeneral(4, 4, rngs=nnx.Rngs(0))
+    new, report = sparsify(model, [(".*", ENTRIES)])
+    assert type(new.scaled) is Scaled and type(new.general) is nnx.LinearGeneral
+    reasons = {one.path: one.reason for one in report.left}
+    assert reasons.keys() == {"scaled", "general"}
+    assert "is a Scaled, a subclass of nnx.Linear, which may compute" in reasons["scaled"]
+    assert "is a LinearGeneral, and no nnx.Linear." in reasons["general"] and reasons["general"] in str(report)
+    with pytest.raises(ValueError, match="'scaled' is a Scaled, a subclass"):
+        sparsify(model, [("scaled", ENTRIES)])
+
+
+class Odd(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(nn.DenseGeneral(4)(x))
+
+
+def test_linen_layers_that_look_dense_are_left_with_a_reason():
+    variables = Odd().init(jax.random.key(0), X)
+    _, report = sparsify_variables(sparsify_linen(Odd(), [(".*", ENTRIES)]), variables, X)
+    assert [(one.path, one.reason.split(".")[0]) for one in report.left] == [
+        ("DenseGeneral_0", "is a DenseGeneral, and no nn")
+    ]
+    with pytest.raises(ValueError, match="'DenseGeneral_0' is a DenseGeneral, and no nn.Dense"):
+        sparsify_linen(Odd(), [("DenseGeneral.*", ENTRIES)]).init(jax.random.key(0), X)

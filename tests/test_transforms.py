@@ -195,3 +195,44 @@ def test_columns_of_very_different_lengths_are_right():
         pattern = BlockPattern.from_mask(mask, block)
         x, values = testing.normal(0, (8, 256), jnp.float32), testing.normal(1, pattern.values_shape, jnp.float32)
         close(spmm(x, values, pattern), x @ pattern.to_dense(values))
+
+
+def symmetric(block):
+    """(pattern, values, b) of a positive definite system."""
+    kept = BlockPattern.random(jax.random.key(0), (24, 24), density=0.2, block=block).to_mask()
+    pattern = BlockPattern.from_mask(kept | kept.T | jnp.eye(24, dtype=bool), block)
+    w = jax.random.normal(jax.random.key(1), (24, 24))
+    return pattern, pattern.gather(w + w.T + 24 * jnp.eye(24)), jax.random.normal(jax.random.key(2), (24,))
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_conjugate_gradients_solve_a_symmetric_system_and_are_differentiable(block):
+    pattern, w, b = symmetric(block)
+    solve = lambda w, b: jax.scipy.sparse.linalg.cg(lambda x: spmm(x, w, pattern), b)[0]  # noqa: E731
+    dense = lambda w, b: jnp.linalg.solve(pattern.to_dense(w).T, b)  # noqa: E731
+    close(jax.jit(solve)(w, b), dense(w, b))
+    loss = lambda f: lambda w, b: (f(w, b) ** 2).sum()  # noqa: E731
+    jax.tree.map(close, *(jax.grad(loss(f), (0, 1))(w, b) for f in (solve, dense)))
+    close(jax.vmap(solve, (None, 0))(w, jnp.stack([b, 2 * b])), jnp.stack([dense(w, b), 2 * dense(w, b)]))
+    any_b = spmm(b, w, pattern.T)  # of any matrix, by the normal equations
+    close(jax.scipy.sparse.linalg.cg(lambda x: spmm(spmm(x, w, pattern), w, pattern.T), any_b)[0], dense(w, b))
+
+
+@pytest.mark.parametrize("name", ["gmres", "bicgstab", "custom_root"])
+def test_other_solvers_are_right_or_say_what_they_lack(name):
+    pattern, w, b = symmetric(1)
+    matvec, cg = (lambda x, w=w: spmm(x, w, pattern)), jax.scipy.sparse.linalg.cg
+    if name == "custom_root":
+        zero, linear = jnp.zeros(24), lambda f, y: cg(lambda v: f(v) - f(jnp.zeros(24)), y)[0]
+        root = lambda w: jax.lax.custom_root(lambda x: matvec(x, w) - b, zero, lambda f, _: linear(f, b), linear)  # noqa: E731
+        close(root(w), jnp.linalg.solve(pattern.to_dense(w).T, b))
+        call = lambda: jax.grad(lambda w: root(w).sum())(w)  # noqa: E731
+        want = jax.grad(lambda w: jnp.linalg.solve(pattern.to_dense(w).T, b).sum())(w)
+    else:
+        call = lambda: getattr(jax.scipy.sparse.linalg, name)(matvec, b)[0]  # noqa: E731
+        want = jnp.linalg.solve(pattern.to_dense(w).T, b)
+    try:
+        got = call()
+    except NotImplementedError:  # a custom derivative has no transpose and no forward mode
+        return
+    close(got, want)

@@ -5,10 +5,10 @@ What torch calls the rows of a CSR or BSR weight are our output columns: both st
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from jaxsparse._indices import lines_of
 from jaxsparse.formats import BlockPattern
 from torch_bridge.dlpack import jax_to_torch
 
@@ -17,7 +17,7 @@ def split(w: Tensor) -> tuple[BlockPattern, Tensor]:
     """(pattern, values) of a CSR tensor, or a BSR one, whose blocks are stored transposed.
 
     Raises:
-      ValueError: for another layout, or more dimensions.
+      ValueError: for another layout, more dimensions, or indices that are no matrix.
     """
     if w.layout not in (torch.sparse_csr, torch.sparse_bsr) or w.ndim != 2:
         raise ValueError(
@@ -27,9 +27,10 @@ def split(w: Tensor) -> tuple[BlockPattern, Tensor]:
     values, (out, size_in) = w.values().detach(), w.shape
     ptr, rows = (index.cpu().numpy() for index in (w.crow_indices(), w.col_indices()))
     block = (1, 1) if values.ndim == 1 else (values.shape[2], values.shape[1])
-    cols = np.repeat(np.arange(len(ptr) - 1), np.diff(ptr))
+    lines = -(-out // block[1])
+    cols = lines_of(ptr, lines, rows, values, f"crow_indices of the {w.layout} weight")
     pattern = BlockPattern.from_indices(rows, cols, shape=(size_in, out), block=block)
-    return pattern, values if values.ndim == 1 else values.mT
+    return pattern, values.reshape(pattern.values_shape) if block == (1, 1) else values.mT
 
 
 def join(pattern: BlockPattern, values: Tensor) -> Tensor:

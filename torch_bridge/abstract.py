@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import torch
 from torch import Tensor
 
+from torch_bridge import _watch
 from torch_bridge._errors import BridgeError
 
 # How JAX spells functions of symbolic dimensions, for torch's symbolic integers.
@@ -35,6 +36,11 @@ def trace(how: Callable, fn: Callable, tensors: Sequence[Tensor]) -> tuple[Any, 
     Returns:
       What `how` returns, and a function from its dimensions to torch's sizes.
     """
+    with _watch.unseen_by_trace():
+        return _trace(how, fn, tensors)
+
+
+def _trace(how: Callable, fn: Callable, tensors: Sequence[Tensor]) -> tuple[Any, Callable[[Any], Any]]:
     symbols = {str(s): s for t in tensors for s in t.shape if isinstance(s, torch.SymInt)}
 
     def attempt(free: Sequence[str], otherwise: Callable[[torch.SymInt], int]) -> tuple[Any, dict[str, Any]]:

@@ -7,22 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from torch_bridge._errors import BridgeError
+from torch_bridge import _watch
 from torch_bridge.dlpack import Views, operand, receive
 from torch_bridge.flat_op import FlatOp, Mask
+from torch_bridge.operator import NO_VIEWS, call, call_in_graph, evaluate, is_inexact, operands
 
-NO_VIEWS = Views()
 _engine = getattr(torch._C, "_autograd", None)
 
 
 def run(op: FlatOp, tensors: Sequence[Tensor], views: Views = NO_VIEWS) -> tuple[Sequence[Tensor], Any]:
     """Calls `op` on tensors: its outputs, and the tree that they are the leaves of. Differentiable as torch's own
     operators are, to any order, and under torch.func's transforms."""
-    if transforms_active():
-        holder = _Holder()
-        return _Transformed.apply(op, holder, *tensors), holder.tree
+    if _watch.transforms_active():
+        return _run_under_transforms(op, tensors)
+    if _watch.is_seen():
+        return call(op, tensors)
     if torch.is_grad_enabled():
         mask = tuple([t.requires_grad for t in tensors])
         if True in mask:
@@ -31,15 +31,13 @@ def run(op: FlatOp, tensors: Sequence[Tensor], views: Views = NO_VIEWS) -> tuple
     return evaluate(op, tensors, views)
 
 
-def evaluate(op: FlatOp, tensors: Sequence[Tensor], views: Views = NO_VIEWS) -> tuple[tuple[Tensor, ...], Any]:
-    """What `run` returns, without derivatives."""
-    arrays = _operands(op, tensors, views)
-    out = op.infer(*arrays)
-    return tuple([receive(leaf) for leaf in out.leaves]), out.tree  # operands live until the results are here
-
-
-def is_inexact(t: Tensor) -> bool:
-    return t.is_floating_point() or t.is_complex()
+def _run_under_transforms(op: FlatOp, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
+    if _watch.functionalizes():
+        return call(op, tensors)
+    if _watch.is_traced():
+        return call_in_graph(op, tensors)
+    holder = _Holder()
+    return _Transformed.apply(op, holder, *tensors), holder.tree
 
 
 class _Holder:
@@ -53,7 +51,7 @@ class _Call(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, op: FlatOp, mask: Mask, views: Views, holder: _Holder, *tensors):
-        arrays = _operands(op, tensors, views)
+        arrays = operands(op, tensors, views)
         out, residuals = op.forward(mask)(*arrays)
         outputs = tuple([receive(leaf) for leaf in out.leaves])
         holder.tree = out.tree
@@ -72,7 +70,7 @@ class _Call(torch.autograd.Function):
         saved = ctx.saved_tensors  # raises for a tensor changed in place, and for a second backward
         n = len(ctx.mask)
         cotangents = [c for c, inexact in zip(cotangents, ctx.inexact, strict=True) if inexact]
-        if torch.is_grad_enabled() or transforms_active():
+        if torch.is_grad_enabled() or _watch.transforms_active() or _watch.is_seen():
             gradients, _ = run(ctx.op.vjp(ctx.mask), [*saved[:n], *cotangents], ctx.views)
         else:
             gradients = _first_order(ctx, saved[:n], saved[n:], cotangents)
@@ -84,8 +82,8 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def forward(op: FlatOp, holder: _Holder, *tensors):
-        outputs, holder.tree = evaluate(op, tensors)
-        return outputs
+        outputs, holder.tree = call(op, tensors) if _watch.is_seen() else evaluate(op, tensors)
+        return tuple(outputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -120,14 +118,14 @@ class _Transformed(torch.autograd.Function):
     def vmap(info, in_dims, *args):
         op, holder, *tensors = args
         outputs, holder.tree = run(op.vmap(tuple(in_dims[2:])), tensors)
-        return outputs, (0,) * len(outputs)
+        return tuple(outputs), (0,) * len(outputs)
 
 
 def _first_order(ctx, tensors, computed, cotangents) -> list[Tensor]:
     """The gradients by the compiled pullback, from the residuals."""
     op, plan = ctx.op, ctx.plan
     computed = [operand(t) for t in computed] if ctx.computed is None else ctx.computed
-    inputs = _operands(op, [tensors[i] for i in plan.inputs], ctx.views, plan.inputs)
+    inputs = operands(op, [tensors[i] for i in plan.inputs], ctx.views, plan.inputs)
     gradients = plan.backward(computed, inputs, [operand(c) for c in cotangents])
     results = [receive(g) for g in gradients]
     if ctx.computed is not None and not _keeps_graph():
@@ -135,26 +133,10 @@ def _first_order(ctx, tensors, computed, cotangents) -> list[Tensor]:
     return results
 
 
-def _operands(op: FlatOp, tensors: Sequence[Tensor], views: Views, places: Sequence[int] | None = None) -> list:
-    """Tensors as operands of the jitted functions of `op`; `places` are their numbers, if not 0, 1, ..."""
-    arrays = []
-    for i, t in zip(places or range(len(tensors)), tensors, strict=True):
-        try:
-            arrays.append(views.operand(i, t))
-        except BridgeError as error:
-            raise BridgeError(f"{op.name}: {op.describe(i)}: {error}") from error
-    return arrays
-
-
 def _spread(values: Sequence[Tensor], mask: Mask) -> list[Tensor | None]:
     """The values, in order, where the mask is set, and None elsewhere."""
     left = iter(values)
     return [next(left) if m else None for m in mask]
-
-
-def transforms_active() -> bool:
-    probe = getattr(torch._C, "_are_functorch_transforms_active", None)
-    return (probe is None or probe()) or getattr(forward_ad, "_current_level", 0) >= 0  # unknown: slower, and right
 
 
 def _saved_tensor_hooks_active() -> bool:

@@ -1,25 +1,17 @@
-"""A FlatOp as one torch.library operator: torch.compile and torch.export keep it whole, and know its shapes."""
+"""Functions of pytrees as single nodes of a graph that torch.compile or torch.export makes."""
 
 from __future__ import annotations
 
 import uuid
 import weakref
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
 import torch
 from torch import Tensor
 
-from torch_bridge import abstract
 from torch_bridge._errors import BridgeError
-from torch_bridge.autograd import evaluate, is_inexact, transforms_active
-from torch_bridge.flat_op import FlatOp
 
-_NAME = "torch_bridge::call"
-# A graph holds its functions by name. Compiled code is kept for the length of the process, and so are these.
-_OPS: dict[str, FlatOp] = {}
-_HANDLES: dict[FlatOp, str] = {}
 _STRUCTURES: dict[str, Any] = {}
 _FUNCTIONS: weakref.WeakValueDictionary[str, InGraph] = weakref.WeakValueDictionary()
 
@@ -83,34 +75,6 @@ def _build(spelled: Any, outputs: tuple[Tensor, ...]) -> Any:
     return tuple(values) if spelled[0] == "tuple" else values
 
 
-def call(op: FlatOp, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
-    """What `autograd.run` returns, by the operator, on tensors that need not have values yet."""
-    if transforms_active():
-        raise BridgeError(
-            f"{op.name} was called under a torch.func transform inside torch.compile, whose operators have no rules "
-            "for that. Apply jax.vmap or jax.grad to the JAX function, or leave the transform out of torch.compile."
-        )
-    outputs = torch.ops.torch_bridge.call(list(tensors), _handle(op))
-    out, _ = abstract.trace(jax.eval_shape, op.fn, tensors)
-    return outputs, out.tree
-
-
-def _handle(op: FlatOp) -> str:
-    if op not in _HANDLES:
-        _HANDLES[op] = handle = f"{op.name}#{uuid.uuid4().hex}"
-        _OPS[handle] = op
-    return _HANDLES[op]
-
-
-def _find(handle: str) -> FlatOp:
-    if handle not in _OPS:
-        raise BridgeError(
-            f"this graph calls the JAX function {handle.split('#')[0]}, which only the process that compiled or "
-            "exported it has. Compile or export it again here."
-        )
-    return _OPS[handle]
-
-
 def _plain(tree: Any) -> Any:
     """FX hands over lists and dicts of its own types, which are no pytrees to JAX."""
     if isinstance(tree, dict):
@@ -118,38 +82,3 @@ def _plain(tree: Any) -> Any:
     if isinstance(tree, list) or type(tree) is tuple:
         return (tuple if isinstance(tree, tuple) else list)(map(_plain, tree))
     return tree
-
-
-def _call(tensors: list[Tensor], handle: str) -> list[Tensor]:
-    return list(evaluate(_find(handle), tensors)[0])
-
-
-def _fake(tensors, handle):
-    out, size = abstract.trace(jax.eval_shape, _find(handle).fn, tensors)
-    device = tensors[0].device if tensors else "cpu"
-    return [
-        torch.empty([size(d) for d in leaf.shape], dtype=abstract.torch_dtype(leaf.dtype), device=device)
-        for leaf in out.leaves
-    ]
-
-
-def _setup_context(ctx, inputs, output):
-    tensors, ctx.handle = inputs
-    ctx.mask = tuple([t.requires_grad for t in tensors])
-    ctx.inexact = [is_inexact(o) for o in output]
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, cotangents):
-    """The gradients by the same operator, which starts from the inputs again: its residuals have no name in a graph."""
-    cotangents = [c for c, inexact in zip(cotangents, ctx.inexact, strict=True) if inexact]
-    op = _find(ctx.handle).vjp(ctx.mask)
-    gradients = iter(torch.ops.torch_bridge.call([*ctx.saved_tensors, *cotangents], _handle(op)))
-    return [next(gradients) if m else None for m in ctx.mask], None
-
-
-_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # JAX launches on a stream of its own
-torch.library.define(_NAME, "(Tensor[] tensors, str handle) -> Tensor[]", tags=(_UNSAFE,) if _UNSAFE else ())
-torch.library.impl(_NAME, "default", _call)
-torch.library.register_fake(_NAME, _fake)
-torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)

@@ -21,6 +21,7 @@ _SIZED = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64
 _IN_NUMPY = frozenset(
     getattr(torch, name) for name in ["float16", "float32", "float64", "complex64", "complex128", "bool", *_SIZED]
 )
+_PLAIN = (Tensor, torch.nn.Parameter)
 _ALIGNMENT = 64  # bytes: what JAX wants before it reads a CPU buffer in place
 
 
@@ -116,6 +117,11 @@ def receive(a: jax.Array) -> Tensor:
         raise BridgeError(_why_not_torch(a, error)) from error
 
 
+def is_plain(t: Tensor) -> bool:
+    """Whether a tensor is what its memory says. A DTensor, a fake or a quantized one says itself what it is."""
+    return type(t) in _PLAIN or not _dispatches_itself(type(t))
+
+
 class Views:
     """JAX arrays in the memory of some operands of a call, kept from one call to the next.
 
@@ -163,6 +169,11 @@ def _address(t: Tensor) -> int:
 
 
 def _check_kind(t: Tensor) -> None:
+    if not is_plain(t):
+        raise BridgeError(
+            f"a {type(t).__name__} says itself what torch's operators do with it, and JAX reads plain memory. Make a "
+            "plain tensor of it (a DTensor's to_local() or full_tensor()), or call under the mode that it belongs to."
+        )
     if t.layout is not torch.strided:
         raise BridgeError(
             f"a tensor of layout {t.layout} is not dense, and JAX reads only dense memory. Call .to_dense()."
@@ -176,6 +187,10 @@ def _check_kind(t: Tensor) -> None:
             f"yourself with .{_LOSSY[t.dtype]}, or call jax.config.update('jax_enable_x64', True) at "
             "start-up."
         )
+
+
+def _dispatches_itself(kind: Any) -> bool:
+    return kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
 
 
 def _why_not_torch(a: jax.Array, error: Exception) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 
 Mask = tuple[bool, ...]
@@ -58,12 +59,14 @@ class FlatOp:
       name: for messages.
       describe: operand number -> its name, for messages.
       infer: `fn`, jitted. Always call it jitted: an output is then never an input or a constant.
+      work: the program, for such operands, of what counts as its work.
       traces: how often the forward function with residuals was traced.
       shapes: those of the operands that something was compiled for.
     """
 
     def __init__(self, fn: Callable[..., Out], name: str, describe: Callable[[int], str]):
         self.fn, self.name, self.describe = fn, name, describe
+        self.work: Callable[..., jax.extend.core.ClosedJaxpr] = jax.make_jaxpr(fn)
         self.infer = jax.jit(self._infer)
         self.traces = 0
         self.shapes: set[tuple] = set()
@@ -87,7 +90,20 @@ class FlatOp:
             _, pullback, _ = self._pullback(mask, xs[:n])
             return Out(_conjugate(pullback(_conjugate(xs[n:]))), None)
 
-        return self._derive("gradient", mask, gradients, lambda i: f"gradient of output {i - n}")
+        def work(*avals):
+            """The pullback alone: elsewhere it goes on from residuals."""
+            programs = []
+
+            def trace(*xs):
+                _, pullback, _ = self._pullback(mask, xs[:n])
+                programs.append(jax.make_jaxpr(pullback)(xs[n:]))
+
+            jax.eval_shape(trace, *avals)
+            return programs[0]
+
+        derived = self._derive("gradient", mask, gradients, lambda i: f"gradient of output {i - n}")
+        derived.work = work
+        return derived
 
     def jvp(self, mask: Mask) -> FlatOp:
         """The tangents of the inexact outputs as a function of all operands, then the tangents of those in

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torch_bridge import _watch
 from torch_bridge._errors import BridgeError
-from torch_bridge.autograd import NO_VIEWS, run
-from torch_bridge.compile import call, in_graph, new_handle
+from torch_bridge.autograd import run
+from torch_bridge.compile import in_graph, new_handle
 from torch_bridge.dlpack import Views, receive
 from torch_bridge.flat_op import FlatOp, Out
+from torch_bridge.operator import NO_VIEWS, call_in_graph
 
 _MANY = 16  # compilations of a kind, before a warning
 
@@ -33,6 +35,9 @@ def jax2torch(fn: Callable) -> Callable:
     forward kept, computes only the gradients that are wanted, and can be differentiated again, to any order.
     torch.func's transforms, forward mode, torch.compile(fullgraph=True) and torch.export go through it; the
     latter two need arguments that their graphs can hold (tensors, numbers, strings; tuples, lists and dicts).
+    To whatever else records or counts torch's operators (torch.jit.trace, make_fx, a TorchDispatchMode or
+    TorchFunctionMode, FlopCounterMode) a call is one operator, torch_bridge::call, whose backward pass starts from the
+    inputs again. torch.fx.symbolic_trace and torch.jit.script, which look at Python, are refused.
 
     Args:
       fn: a traceable function. Of its arguments, nested and keyword arguments included, tensors, NumPy arrays
@@ -44,7 +49,8 @@ def jax2torch(fn: Callable) -> Callable:
       As in torch, an argument that is changed in place before backward raises there; all arguments are
       watched.
     Raises:
-      BridgeError: for an argument that cannot cross (sparse, float64 without x64, ...) or is not hashable.
+      BridgeError: for an argument that cannot cross (sparse, float64 without x64, a tensor subclass that has operators
+        of its own, ...) or is not hashable.
       TypeError: in forward mode, if `fn` has a custom_vjp rule, as the ops of jaxsparse do.
     """
     traced = TracedFunction(fn, getattr(fn, "__name__", type(fn).__name__))
@@ -89,7 +95,7 @@ class TracedFunction:
     def in_graph(self, args: tuple, kwargs: dict) -> Any:
         """The same on tensors of a graph that is being made."""
         tensors, key = self.split(args, kwargs)
-        outputs, tree = call(self.op(key), tensors)
+        outputs, tree = call_in_graph(self.op(key), tensors)
         return jax.tree.unflatten(tree, outputs)
 
     def split(self, args: tuple, kwargs: dict) -> tuple[list[Tensor], Any]:
@@ -177,6 +183,7 @@ def _as_tensor(leaf: Any) -> Any:
         return receive(leaf)
     if isinstance(leaf, (np.ndarray, np.generic)) and not isinstance(leaf, float):
         return torch.tensor(leaf)
+    _watch.refuse_symbols(leaf)
     if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}[type(leaf)](leaf)
     return leaf

@@ -11,13 +11,14 @@ import jax
 import torch
 from torch import Tensor
 
-from torch_bridge import abstract, compile
+from torch_bridge import _watch, abstract, compile
 from torch_bridge._linen import LinenCall
 from torch_bridge._nnx import NNXCall
 from torch_bridge.autograd import run
 from torch_bridge.dlpack import Views
 from torch_bridge.flat_op import FlatOp
 from torch_bridge.function import TracedFunction
+from torch_bridge.operator import call_in_graph
 
 
 class ModelFunction:
@@ -44,6 +45,8 @@ class ModelFunction:
 
     def __call__(self, leaves: list[Tensor], views: Views, training: bool, args: tuple, kwargs: dict) -> Any:
         """The model's output; leaves that the model changes are changed in place."""
+        if type(args) is not tuple:
+            _watch.refuse_symbols(args)
         if torch.compiler.is_compiling():
             return compile.in_graph(self.handle, (leaves, training, args), kwargs)
         return self._run(functools.partial(run, views=views), leaves, training, args, kwargs)
@@ -51,7 +54,7 @@ class ModelFunction:
     def in_graph(self, args: tuple, kwargs: dict) -> Any:
         """The same on tensors of a graph that is being made."""
         leaves, training, args = args
-        return self._run(compile.call, leaves, training, args, kwargs)
+        return self._run(call_in_graph, leaves, training, args, kwargs)
 
     def _run(self, how: Callable, leaves: list[Tensor], training: bool, args: tuple, kwargs: dict) -> Any:
         if self.cast_inputs is not None:
@@ -72,7 +75,7 @@ class ModelFunction:
 
     def _plan(self, leaves: list[Tensor], training: bool, args: tuple, kwargs: dict, kind: Any) -> _Plan:
         """How to make calls of this kind: traced once per kind."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _watch.is_seen():
             return self._make_plan(leaves, training, args, kwargs)  # its sizes may be symbols, which are no key
         if kind not in self._plans:
             self._plans[kind] = self._make_plan(leaves, training, args, kwargs)

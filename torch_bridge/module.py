@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch_bridge._errors import BridgeError
 from torch_bridge._linen import LinenCall
 from torch_bridge._nnx import NNXCall
+from torch_bridge._watch import refuse_script
 from torch_bridge.dlpack import Views, jax_to_torch, torch_to_jax
 from torch_bridge.model import ModelFunction
 
@@ -69,6 +70,8 @@ def from_flax(
 
 class FlaxModule(nn.Module):
     """What `from_flax` returns."""
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, call: LinenCall | NNXCall, leaves: list[tuple[str, Any]], cast_inputs: torch.dtype | None):
         super().__init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import jax
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from jaxsparse import _flax
 from jaxsparse.formats import BlockPattern
-from torch_bridge import _compressed, _dense, products
+from torch_bridge import _compressed, _dense, _linear, products
 from torch_bridge._matrix import Diagonal, Sparse
 from torch_bridge._product import Product, edge_mask, traced
+from torch_bridge._watch import refuse_script
 from torch_bridge.dlpack import Views, jax_to_torch, torch_to_jax
 
-_Layer = TypeVar("_Layer", bound=nn.Module)
 _INDEX = ("col_ptr", "row_index", "row_ptr", "col_index", "order")
 _LEADING = len(_INDEX) + 2  # operands that stay where they are: bias, the pattern's arrays, weight
 
@@ -48,6 +48,7 @@ class BlockDiagLinear(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -81,15 +82,21 @@ class BlockDiagLinear(nn.Module):
         """The diagonal blocks of a `torch.nn.Linear`, with its bias, dtype, device and mode; the rest is dropped.
 
         Args:
+          linear: or a `Conv1D` of transformers. Weights that hooks or parametrizations compute are taken as the next
+            forward pass would have them, and become parameters.
           rescale: multiply the blocks, so that the weight keeps its Frobenius norm.
           options: `precision` and `backend`.
+        Raises:
+          TypeError, ValueError: for a layer that need not compute x W + b, or whose weight is not known.
         """
-        layer = cls(linear.in_features, linear.out_features, num_blocks, **_options_like(linear), **options)
-        return _fill(layer, linear, _dense.gather_diagonal(linear.weight.detach().T, num_blocks), rescale)
+        dense = _linear.read(linear)
+        w = dense.weight.value
+        layer = cls(*dense.shape, num_blocks, **dense.options, **options)
+        return _linear.fill(layer, dense, _dense.gather_diagonal(w, num_blocks), rescale)
 
     def to_linear(self) -> nn.Linear:
         """A `torch.nn.Linear` that computes the same, zeros stored as zeros."""
-        return _linear_of(self, torch.block_diag(*self.weight.detach()))
+        return _linear.to_dense(self, lambda blocks: torch.block_diag(*blocks))
 
     def forward(self, x: Tensor) -> Tensor:
         return _multiply(self, x, None, Diagonal(self._sizes))
@@ -131,6 +138,7 @@ class BlockSparseLinear(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -197,22 +205,31 @@ class BlockSparseLinear(nn.Module):
         """The blocks of largest L2 norm of a `torch.nn.Linear`, with its bias, dtype, device and mode.
 
         Args:
+          linear: or a `Conv1D` of transformers. Weights that hooks or parametrizations compute are taken as the next
+            forward pass would have them, and become parameters.
           density, block, pattern, mask: as for the class, but that `density` keeps the largest blocks.
           rescale: multiply the blocks, so that the weight keeps its Frobenius norm, and outputs about their scale.
           options: `precision` and `backend`.
+        Raises:
+          TypeError, ValueError: for a layer that need not compute x W + b, or whose weight is not known.
         """
-        shape, w = (linear.in_features, linear.out_features), linear.weight.detach().T
+        dense = _linear.read(linear)
+        w = dense.weight.value
+        if w.is_meta:
+            raise ValueError(
+                "the weight is on the meta device and has no values to choose from: use to_empty and load."
+            )
         given = _flax.check_one(density, pattern, mask)
         if given == "density":
             pattern = BlockPattern.from_dense(_dense.to_numpy(w), density=density, block=block)  # pyright: ignore[reportArgumentType]
         elif given == "mask":
-            pattern = BlockPattern.from_mask(_as_jax_mask(mask, shape), block)
-        layer = cls(*shape, pattern=pattern, **_options_like(linear), **options)
-        return _fill(layer, linear, _dense.gather(w, layer.pattern), rescale)
+            pattern = BlockPattern.from_mask(_as_jax_mask(mask, dense.shape), block)
+        layer = cls(*dense.shape, pattern=pattern, **dense.options, **options)
+        return _linear.fill(layer, dense, _dense.gather(w, layer.pattern), rescale)
 
     def to_linear(self) -> nn.Linear:
         """A `torch.nn.Linear` that computes the same, zeros stored as zeros."""
-        return _linear_of(self, _dense.scatter(self.weight.detach(), self.pattern))
+        return _linear.to_dense(self, lambda values: _dense.scatter(values, self.pattern))
 
     @classmethod
     def from_sparse(cls, weight: Tensor, bias: Tensor | None = None, **options) -> Self:
@@ -239,7 +256,7 @@ class BlockSparseLinear(nn.Module):
         Raises:
           ValueError: if the blocks do not divide the matrix.
         """
-        return _compressed.join(self.pattern, self.weight.detach().clone())
+        return _compressed.join(self.pattern, _linear.read_sparse(self).weight.value.clone())
 
     def forward(self, x: Tensor) -> Tensor:
         index = self._index()
@@ -309,6 +326,8 @@ class SparseLinear(BlockSparseLinear):
 
 def _multiply(layer: BlockDiagLinear | BlockSparseLinear, x: Tensor, index, matrix: Diagonal | Sparse) -> Tensor:
     weight, bias, views = layer.weight, layer.bias, layer._views
+    if isinstance(x, torch.fx.Proxy) and products.WHY_NOT is None:
+        return matrix.operator("multiply", x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = (_autocast(t, dtype) for t in (x, weight, bias))
@@ -337,28 +356,6 @@ def _draw_parameters(layer: nn.Module, fan_in: int) -> None:
     bound = 1 / math.sqrt(fan_in)
     for p in layer.parameters(recurse=False):
         nn.init.uniform_(p, -bound, bound)
-
-
-def _options_like(linear: nn.Linear) -> dict[str, Any]:
-    return {"bias": linear.bias is not None, "device": linear.weight.device, "dtype": linear.weight.dtype}
-
-
-def _fill(layer: _Layer, linear: Any, weight: Tensor, rescale: bool) -> _Layer:
-    """A new layer that takes over a linear's mode, bias and, from its weight, what is left of it."""
-    if rescale:
-        weight = weight * _dense.lost_scale(linear.weight.detach(), weight)
-    for name, old in (("weight", weight), ("bias", linear.bias)):
-        if old is not None:
-            new: Tensor = getattr(layer, name)
-            with torch.no_grad():
-                new.copy_(old)
-            new.requires_grad_(getattr(linear, name).requires_grad)
-    return layer.train(linear.training)
-
-
-def _linear_of(layer: BlockDiagLinear | BlockSparseLinear, w: Tensor) -> nn.Linear:
-    linear = nn.Linear(*w.shape, bias=layer.bias is not None, device=w.device, dtype=w.dtype)
-    return _fill(linear, layer, w.T, False)
 
 
 def _draw_key() -> jax.Array:

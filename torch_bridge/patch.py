@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
-from jaxsparse._rules import Races, Report, Row, Rule, Rules, decide, parse
+from jaxsparse._rules import Races, Report, Row, Rule, Rules, decide, parse, passed_over
+from torch_bridge import _linear
 from torch_bridge.nn import BlockDiagLinear, BlockSparseLinear, SparseLinear
 
 
@@ -23,8 +26,9 @@ def sparsify(
     fresh: bool = False,
     only_if_faster: bool = False,
     batch: int | None = None,
+    also: Sequence[type[nn.Module]] = (),
 ) -> PatchReport:
-    """Replaces `torch.nn.Linear` layers of a model, in place, by sparse ones that keep their largest weights.
+    """Replaces the linear layers of a model, in place, by sparse ones that keep their largest weights.
 
         sparsify(model, [(r"encoder\\..*\\.dense", {"kind": "block_sparse", "density": 0.5, "block": 32})])
 
@@ -32,8 +36,12 @@ def sparsify(
     `model.named_modules()` has it) decides. The new layers have parameters of their own: make the optimizer
     afterwards. A fresh model patched by the same rules loads the state_dict of a patched one.
 
+    Linear are layers of the class `torch.nn.Linear` itself and of transformers' `Conv1D`. Others that look like one
+    are left as they are, and the report says why: those whose forward pass is their own, whose weight is computed, or
+    whose owner reads it past them, as `torch.nn.MultiheadAttention` does.
+
     Args:
-      model: what is changed; layers of subclasses of Linear, whose owners reach into them, are left alone.
+      model: what is changed.
       rules: pairs (regular expression, options). Options are {"kind": "block_diag", "num_blocks": n}, {"kind":
         "block_sparse", "density": d, "block": 32} or {"kind": "sparse", "density": d}; None leaves a layer dense.
         Block-sparse and sparse layers keep the blocks, or entries, of largest norm, block-diagonal ones what lies on
@@ -43,18 +51,20 @@ def sparsify(
       fresh: draw pattern and weights anew, from torch's generator, for models that were not trained yet.
       only_if_faster: replace a layer only where its forward and backward pass takes less time than the dense one's.
       batch: for `only_if_faster`, the number of input rows to measure with.
+      also: subclasses of `torch.nn.Linear` that compute just what it does, and whose layers are to be replaced too.
     Returns:
-      The report, row by row (`path`, `relative_error`, ...); its `revert()` puts the old layers back.
+      The report, row by row (`path`, `relative_error`, ...), with what was `left` and the reasons; its `revert()` puts
+      the old layers back.
     Raises:
       ValueError: for bad rules and rules that match nothing, with the nearest names; for layers that a rule's sizes
         don't fit, that have hooks, or whose weight other modules share. Nothing is changed then.
     """
     races = Races(batch) if only_if_faster else None
-    layers = {path: m for path, m in model.named_modules() if type(m) is nn.Linear}
-    others = {path: type(m).__name__ for path, m in model.named_modules() if path not in layers}
-    chosen = decide(parse(rules), layers, others)
+    parsed = parse(rules)
+    layers, left, others = _sort(model, also)
+    chosen = decide(parsed, layers, others, left)
     _check_replaceable(model, {path: layers[path] for path in chosen})
-    rows, new = [], {}
+    rows, new, size = [], {}, _size(model.parameters())
     for path, rule in chosen.items():
         old = layers[path]
         try:
@@ -68,14 +78,15 @@ def sparsify(
         rows.append(_row(path, rule, old, layer, relative_error=error, milliseconds=times))
         if rule:
             new[old] = layer
-    return PatchReport(rows, _size(model.parameters()), [] if dry_run else _replace(model, new))
+    undo = [] if dry_run else _replace(model, new)
+    return PatchReport(rows, size, passed_over(parsed, left), undo)
 
 
 class PatchReport(Report):
     """What `sparsify` did. It holds the old layers, so that it can revert; drop it to free them."""
 
-    def __init__(self, rows: Sequence[Row], parameters_before: int, undo: list[tuple[nn.Module, str, Any]]):
-        super().__init__(rows, parameters_before)
+    def __init__(self, rows, parameters_before: int, left, undo: list[tuple[nn.Module, str, Any]]):
+        super().__init__(rows, parameters_before, left)
         self._undo = undo
 
     def revert(self) -> None:
@@ -110,24 +121,69 @@ class BlockSparseModelPatcher:
 
     def get_patchable_layers(self, model: nn.Module) -> list[dict[str, Any]]:
         """One dict for each layer that can be replaced: "regexp", which matches it alone, and "layer"."""
-        return [
-            {"regexp": re.escape(path), "layer": m}
-            for path, m in model.named_modules()
-            if type(m) is nn.Linear and path
-        ]
+        layers, _, _ = _sort(model, ())
+        return [{"regexp": re.escape(path), "layer": m} for path, m in layers.items() if path]
 
     def patch_model(self, model: nn.Module, **options) -> PatchReport:
         """Replaces the layers that the patterns match, in place; options and report are those of `sparsify`."""
         return sparsify(model, self.rules, **options)
 
 
-def _check_replaceable(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
+def _sort(
+    model: nn.Module, also: Sequence[type[nn.Module]]
+) -> tuple[dict[str, nn.Module], dict[str, str], dict[str, str]]:
+    """By path: the layers that can be replaced, why others that look like them can't, and the type names of the rest.
+
+    Raises:
+      ValueError: for a class in `also` that does not compute what torch.nn.Linear does.
+    """
+    for kind in also:
+        if not issubclass(kind, nn.Linear) or kind.forward is not nn.Linear.forward:
+            raise ValueError(f"also={kind.__name__} is no subclass of torch.nn.Linear with the forward pass of that.")
+    read_past = {child for m in model.modules() if isinstance(m, nn.MultiheadAttention) for child in m.children()}
+    layers, left, others = {}, {}, {}
+    for path, m in model.named_modules():
+        reason = _THROUGH_ATTENTION if m in read_past else _why_left(m, also)
+        if not _looks_dense(m):
+            others[path] = type(m).__name__
+        elif reason:
+            left[path] = reason
+        else:
+            layers[path] = m
+    return layers, left, others
+
+
+_THROUGH_ATTENTION = "stays, as torch.nn.MultiheadAttention reads its weight and does not call it."
+
+
+def _looks_dense(m: nn.Module) -> bool:
+    weight = m._parameters.get("weight")
+    is_matrix = weight is not None and not is_lazy(weight) and weight.ndim == 2
+    return isinstance(m, nn.Linear) or (is_matrix and not isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
+
+
+def _why_left(m: nn.Module, also: Sequence[type[nn.Module]]) -> str | None:
+    kind = type(m).__name__
+    weight = m._parameters.get("weight")
+    if weight is not None and is_lazy(weight):
+        return f"is a {kind} that has no weight yet: call the model once."
+    if any(parametrize.is_parametrized(m, name) for name in ("weight", "bias")):
+        return f"has a weight that a parametrization computes: {_linear.how_to_settle(m)} makes it a parameter."
+    if _linear.why_not(m) is not None or type(m) is nn.Linear or type(m) in also or _linear.is_conv1d(m):
+        return _linear.why_not(m)
+    return f"is a {kind}, a subclass of torch.nn.Linear: where its owner only calls it, give also=({kind},)."
+
+
+def _check_replaceable(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Raises ValueError for a layer that has no parent, has hooks, or shares its weight or bias."""
     if "" in layers:
         raise ValueError("the model itself is the Linear: convert it with from_linear of the new layer's class.")
     owners = [(path, p) for path, m in model.named_modules() for p in m.parameters(recurse=False)]
     uses = Counter(id(p) for _, p in owners)
     for path, layer in layers.items():
+        settle = _linear.how_to_settle(layer)
+        if settle:
+            raise ValueError(f"{path} has a weight that a hook computes. Make it a parameter first: {settle}.")
         if any(getattr(layer, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
             raise ValueError(f"{path} has hooks, which its replacement would lose: register them after patching.")
         for name, p in layer.named_parameters():
@@ -139,7 +195,7 @@ def _check_replaceable(model: nn.Module, layers: Mapping[str, nn.Linear]) -> Non
                 )
 
 
-def _convert(linear: nn.Linear, rule: Rule, rescale: bool, fresh: bool) -> nn.Module:
+def _convert(linear: Any, rule: Rule, rescale: bool, fresh: bool) -> nn.Module:
     cls, options = {
         "block_diag": (BlockDiagLinear, {"num_blocks": rule.num_blocks}),
         "block_sparse": (BlockSparseLinear, {"density": rule.density, "block": rule.block}),
@@ -147,27 +203,25 @@ def _convert(linear: nn.Linear, rule: Rule, rescale: bool, fresh: bool) -> nn.Mo
     }[str(rule.kind)]
     if not fresh:
         return cls.from_linear(linear, **options, rescale=rescale)
-    options |= {"bias": linear.bias is not None, "device": linear.weight.device, "dtype": linear.weight.dtype}
-    return cls(linear.in_features, linear.out_features, **options).train(linear.training)
+    dense = _linear.read(linear)
+    return cls(*dense.shape, **options, **dense.options).train(linear.training)
 
 
-def _row(path: str, rule: Rule | None, old: nn.Linear, new: nn.Module, **numbers) -> Row:
+def _row(path: str, rule: Rule | None, old: nn.Module, new: nn.Module, **numbers) -> Row:
     sizes = {"parameters": (_size(old.parameters()), _size(new.parameters())), "bytes": (_nbytes(old), _nbytes(new))}
-    return Row.of(path, rule, (old.in_features, old.out_features), **sizes, **numbers)
+    return Row.of(path, rule, _linear.read(old).shape, **sizes, **numbers)
 
 
-def _relative_error(old: nn.Linear, new: Any) -> float:
+def _relative_error(old: nn.Module, new: Any) -> float:
     if new is old:
         return 0.0
-    lost, all_of_it = (
-        float(torch.linalg.vector_norm(w.detach(), dtype=torch.float64))
-        for w in (new.to_linear().weight - old.weight, old.weight)
-    )
+    before, after = _linear.read(old).weight.value, new.to_linear().weight.detach().T
+    lost, all_of_it = (float(torch.linalg.vector_norm(w, dtype=torch.float64)) for w in (after - before, before))
     return lost / all_of_it if all_of_it else 0.0
 
 
 def _size(parameters) -> int:
-    return sum(p.numel() for p in parameters)
+    return sum(0 if is_lazy(p) else p.numel() for p in parameters)
 
 
 def _nbytes(layer: nn.Module) -> int:
@@ -194,14 +248,14 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> list[tuple
     return undo
 
 
-def _race(races: Races, rule: Rule, dense: nn.Linear, sparse: nn.Module) -> tuple[float, float]:
-    w = dense.weight
+def _race(races: Races, rule: Rule, dense: nn.Module, sparse: nn.Module) -> tuple[float, float]:
+    (w, trains), bias, _ = _linear.read(dense)
 
     def steps():
-        x = torch.randn(races.batch, dense.in_features, dtype=w.dtype, device=w.device, requires_grad=True)
+        x = torch.randn(races.batch, w.shape[0], dtype=w.dtype, device=w.device, requires_grad=True)
         return [_step(layer, x) for layer in (dense, sparse)]
 
-    return races((w.shape, w.dtype, w.device, w.requires_grad, dense.bias is None, rule.describe()), steps)
+    return races((w.shape, w.stride(), w.dtype, w.device, trains, bias is None, rule.describe()), steps)
 
 
 def _step(layer: nn.Module, x: Tensor) -> Callable[[], None]:

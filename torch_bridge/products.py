@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
-from torch.autograd import forward_ad
 
+from torch_bridge import _watch
 from torch_bridge._matrix import WHY_NOT, Matrix
 
 _ORDINARY = (Tensor, torch.nn.Parameter)  # whose memory is their own
@@ -38,7 +38,7 @@ def multiply(matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None = None) -
     Raises:
       ValueError: for shapes or dtypes that do not fit, and for an index out of range.
     """
-    if _transforms_active():
+    if _watch.transforms_active():
         return _MultiplyUnderTransforms.apply(matrix, x, w, bias, *matrix.index)
     if _is_recorded():
         return matrix.operator("multiply", x, w, bias)
@@ -49,7 +49,7 @@ def multiply(matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None = None) -
 
 def sample(matrix: Matrix, x: Tensor, dy: Tensor) -> Tensor:
     """x^T dy, summed over all leading dimensions, where the matrix stores it; differentiable in both."""
-    if _transforms_active():
+    if _watch.transforms_active():
         return _SampleUnderTransforms.apply(matrix, x, dy, *matrix.index)
     if _is_recorded():
         return matrix.operator("sample", x, dy)
@@ -65,7 +65,7 @@ def sample(matrix: Matrix, x: Tensor, dy: Tensor) -> Tensor:
 def _multiply_backward(matrix: Matrix, x: Tensor, w: Tensor, dy: Tensor, wanted: Sequence[bool]):
     for_x, for_w, for_bias = wanted
     db = (dy if dy.ndim == 2 else dy.reshape(-1, dy.shape[-1])).sum(0) if for_bias else None
-    if torch.is_grad_enabled() or _transforms_active():  # these gradients have derivatives of their own
+    if torch.is_grad_enabled() or _watch.transforms_active():  # these gradients have derivatives of their own
         return multiply(matrix.T, dy, w) if for_x else None, sample(matrix, x, dy) if for_w else None, db
     if for_x and for_w and matrix.fuses_gradients:
         return *_raw(matrix, "gradients", x, w, dy), db
@@ -207,8 +207,4 @@ def _raw(matrix: Matrix, name: str, *operands) -> Any:
 
 
 def _is_recorded() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-
-
-def _transforms_active() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch.compiler.is_compiling() or _watch.is_seen()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from torch_bridge._matrix import Diagonal, Matrix, Sparse, like
 from torch_bridge.products import Multiply, Sample
@@ -39,6 +41,15 @@ def _define(schema: str, method: str, operands: int, matrix: Callable[..., Matri
     _LIBRARY.impl(name, kernel, "CPU")
     _LIBRARY.impl(name, derived, "Autograd")
     torch.library.register_fake(f"jaxsparse::{name}", shapes, lib=_LIBRARY)
+    register_flop_formula(getattr(torch.ops.jaxsparse, name))(_FLOPS[method])
+
+
+# From the shapes of the arguments and the result: two for every row of x and every stored number.
+_FLOPS: dict[str, Callable[..., int]] = {
+    "multiply": lambda x, values, *_, out_shape: 2 * math.prod(x[:-1]) * math.prod(values),
+    "sample": lambda x, *_, out_shape: 2 * math.prod(x[:-1]) * math.prod(out_shape),
+    "gradients": lambda x, values, *_, out_shape: 4 * math.prod(x[:-1]) * math.prod(values),
+}
 
 
 def _sparse(index, sizes, transposed: bool = False) -> Sparse:

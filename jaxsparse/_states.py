@@ -1,0 +1,64 @@
+"""Patterns out of the plain dicts that savers make of them, named as JAX names the leaves, or as Flax the fields."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse import _indices
+from jaxsparse._indices import Index
+from jaxsparse.formats import BlockPattern
+
+_SIZES = ("shape", "block", "transposed")
+_LEAF = re.compile(rf"({'|'.join(Index._fields)})_(\d+)x(\d+)_by_(\d+)x(\d+)(_T)?")
+
+
+def is_state(tree: Any) -> bool:
+    """Whether this is a dict that a saver made of a pattern, by the names in it."""
+    if not isinstance(tree, Mapping) or not tree:
+        return False
+    return set(tree) == {*Index._fields, *_SIZES} or all(isinstance(k, str) and _LEAF.fullmatch(k) for k in tree)
+
+
+def from_state(state: Mapping[str, Any]) -> BlockPattern:
+    """`BlockPattern.from_state`, which says what is checked."""
+    if not is_state(state):
+        if not isinstance(state, Mapping):
+            raise ValueError(f"the state of a pattern is a dict of its arrays, got {type(state).__name__}.")
+        lacks = [name for name in (*Index._fields, *_SIZES) if name not in state]
+        raise ValueError(
+            f"this is no state of a pattern: of the names it needs it lacks {lacks}, and has {list(state)}."
+        )
+    arrays, sizes = _by_fields(state) if "col_ptr" in state else _by_leaf_names(state)
+    shape, block, transposed = sizes
+    shape, block = _indices.check_sizes(shape, block)
+    index = Index(*(arrays[name] for name in Index._fields))
+    grid = _indices.grid_of(shape, block)
+    _indices.check_index(index, (grid[1], grid[0]) if transposed else grid)
+    # Copies, as jnp.asarray may share memory that somebody writes into.
+    made = {
+        name: jnp.array(a, None if name == "row_index" and a.dtype == np.uint16 else np.int32)
+        for name, a in arrays.items()
+    }
+    return BlockPattern(**made, shape=shape, block=block, transposed=transposed)
+
+
+def _by_leaf_names(state: Mapping[str, Any]):
+    found = {key: match.groups() for key in state if (match := _LEAF.fullmatch(key))}
+    sizes = {groups[1:] for groups in found.values()}
+    if len(sizes) != 1 or {groups[0] for groups in found.values()} != set(Index._fields):
+        raise ValueError(f"these are not the {len(Index._fields)} arrays of one pattern: {sorted(state)}.")
+    rows, cols, i, o, view = sizes.pop()
+    arrays = {groups[0]: state[key] for key, groups in found.items()}
+    return arrays, ((int(rows), int(cols)), (int(i), int(o)), view is not None)
+
+
+def _by_fields(state: Mapping[str, Any]):
+    shape, block, transposed = (np.asarray(state[name]).reshape(-1).tolist() for name in _SIZES)
+    if len(transposed) != 1:
+        raise ValueError(f"transposed is one truth value, got {transposed}.")
+    return {name: state[name] for name in Index._fields}, (shape, block, bool(transposed[0]))
