@@ -175,14 +175,14 @@ class SparseLinear(BlockSparseLinear):
         super().__init__(in_features, out_features, block=(1, 1), rngs=rngs, **options)
 
 
-<<<<<<< HEAD
 def _pattern_key(rngs: nnx.Rngs, seed: int) -> jax.Array:
     """From the stream "pattern" where there is one; else the same in every model that draws this layer after as many
     others: the number of keys that were taken before does not depend on the keys, and may be traced."""
     place = rngs.params.count[...]
     rngs.params()  # not used; the values drawn after it stay what they were when patterns came from here
     return rngs.pattern() if "pattern" in rngs else _flax.pattern_key(seed, place)
-=======
+
+
 def _as_pattern(value: Any, before: Any = None) -> Any:
     """What a `Pattern` is given; a dict of a pattern's arrays as that pattern, which must fit the one before."""
     if not isinstance(value, Mapping):
@@ -194,7 +194,6 @@ def _as_pattern(value: Any, before: Any = None) -> Any:
         if sizes[0] != sizes[1]:
             raise ValueError(f"the saved {pattern} does not fit the layer's {before}: make the layer as it was saved.")
     return pattern
->>>>>>> ckpt
 
 
 def _bias(init: Initializer, features: int, dtype: Dtype, use_bias: bool, rngs: nnx.Rngs):
