@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_bridge
-from torch_bridge import BlockDiagLinear, BridgeError, SparseLinear, from_flax, jax2torch
+from torch_bridge import BlockDiagLinear, BridgeError, SparseLinear, from_flax, jax2torch, products
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's own
 
@@ -49,9 +49,12 @@ MAKERS = {
     "jax2torch": Function,
     "from_flax": lambda: net().eval(),
     "from_flax in training": net,
+    "entries in JAX": lambda: SparseLinear(8, 6, 0.5, backend="xla"),
+    "blocks in JAX": lambda: BlockDiagLinear(8, 6, 2, backend="xla"),
     "entries": lambda: SparseLinear(8, 6, 0.5),
     "blocks": lambda: BlockDiagLinear(8, 6, 2),
 }
+THROUGH_JAX = [name for name in MAKERS if name not in ("entries", "blocks") or products.WHY_NOT]
 
 
 @functools.cache
@@ -66,6 +69,7 @@ def make_copy(name):
 
 
 EVERY = pytest.mark.parametrize("name", MAKERS)
+IN_JAX = pytest.mark.parametrize("name", THROUGH_JAX)
 PURE = pytest.mark.parametrize("name", [name for name in MAKERS if "training" not in name])
 
 
@@ -158,7 +162,7 @@ def test_randomness_is_drawn_anew_by_every_call_of_a_recording():
 
 
 def test_a_saved_recording_runs_here_and_says_why_it_runs_nowhere_else(monkeypatch):
-    model, file, x = SparseLinear(8, 6, 0.5), io.BytesIO(), torch.randn(3, 8)
+    model, file, x = SparseLinear(8, 6, 0.5, backend="xla"), io.BytesIO(), torch.randn(3, 8)
     torch.jit.save(torch.jit.trace(model, (x,)), file)
     loaded = torch.jit.load(io.BytesIO(file.getvalue()))
     torch.testing.assert_close(loaded(x), model(x))
@@ -167,7 +171,7 @@ def test_a_saved_recording_runs_here_and_says_why_it_runs_nowhere_else(monkeypat
         loaded(x)
 
 
-@EVERY
+@IN_JAX
 def test_what_can_not_follow_is_refused_with_a_way_out(name):
     model, x = make_copy(name), torch.randn(2, 8)
     with pytest.raises(Exception, match="torch.export"):
@@ -222,7 +226,7 @@ class Called(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@EVERY
+@IN_JAX
 def test_modes_see_one_operator_in_the_forward_and_one_in_the_backward_pass(name):
     model = make_copy(name)
     twin, x = copy.deepcopy(model), torch.randn(3, 8)

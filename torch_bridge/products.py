@@ -38,7 +38,7 @@ def multiply(matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None = None) -
     Raises:
       ValueError: for shapes or dtypes that do not fit, and for an index out of range.
     """
-    if _watch.transforms_active():
+    if _watch.transforms_active() and not _watch.functionalizes():
         return _MultiplyUnderTransforms.apply(matrix, x, w, bias, *matrix.index)
     if _is_recorded():
         return matrix.operator("multiply", x, w, bias)
@@ -49,7 +49,7 @@ def multiply(matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None = None) -
 
 def sample(matrix: Matrix, x: Tensor, dy: Tensor) -> Tensor:
     """x^T dy, summed over all leading dimensions, where the matrix stores it; differentiable in both."""
-    if _watch.transforms_active():
+    if _watch.transforms_active() and not _watch.functionalizes():
         return _SampleUnderTransforms.apply(matrix, x, dy, *matrix.index)
     if _is_recorded():
         return matrix.operator("sample", x, dy)
@@ -207,4 +207,4 @@ def _raw(matrix: Matrix, name: str, *operands) -> Any:
 
 
 def _is_recorded() -> bool:
-    return torch.compiler.is_compiling() or _watch.is_seen()
+    return torch.compiler.is_compiling() or _watch.is_seen() or _watch.functionalizes()
