@@ -44,8 +44,10 @@ BRIDGE = {
     "_compressed.py": {"dlpack"},
     "_dense.py": set(),
     "_errors.py": set(),
+    "_index.py": {"_whole"},
     "_process.py": {"_errors"},
     "_product.py": {"function"},
+    "_whole.py": set(),
     "checkpoint.py": set(),
     "dlpack.py": {"_errors", "_process"},
     "flat_op.py": set(),
@@ -57,7 +59,7 @@ BRIDGE = {
     "_nnx.py": {"_errors", "_linen"},
     "model.py": {"_linen", "_nnx", "abstract", "autograd", "compile", "dlpack", "flat_op", "function"},
     "module.py": {"_errors", "_linen", "_nnx", "dlpack", "model"},
-    "nn.py": {"_compressed", "_dense", "_product", "dlpack"},
+    "nn.py": {"_compressed", "_dense", "_index", "_product", "dlpack"},
     "patch.py": {"nn"},
 }
 SPARSE = {  # only the layers, and what makes or places them, know jaxsparse

@@ -6,18 +6,18 @@ import math
 from typing import Any, Self, TypeVar
 
 import jax
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from jaxsparse import _flax
 from jaxsparse.formats import BlockPattern
-from torch_bridge import _compressed, _dense
+from torch_bridge import _compressed, _dense, _index
 from torch_bridge._product import Product, edge_mask, traced
 from torch_bridge.dlpack import Views, jax_to_torch, torch_to_jax
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
-_INDEX = ("col_ptr", "row_index", "row_ptr", "col_index", "order")
-_LEADING = len(_INDEX) + 2  # operands that stay where they are: bias, the pattern's arrays, weight
+_LEADING = len(_index.NAMES) + 2  # operands that stay where they are: bias, the pattern's arrays, weight
 
 
 class BlockDiagLinear(nn.Module):
@@ -156,9 +156,13 @@ class BlockSparseLinear(nn.Module):
         self._traced = traced(self._product)
         self._views = Views(range(_LEADING if bias else _LEADING - 1))
         _make_parameters(self, pattern.values_shape, out_features if bias else None, device, dtype)
-        for name in _INDEX:
+        for name in _index.NAMES:
             self.register_buffer(name, jax_to_torch(getattr(pattern, name)).to(self.weight.device))
         self.register_buffer("sizes", torch.tensor(self._product.sizes, dtype=torch.int32).to(self.weight.device))
+        stored = pattern.T if pattern.transposed else pattern
+        lost = density is not None and self.weight.is_meta  # reset_parameters draws another
+        known = None if lost else _index.Record.of([np.asarray(a) for a in pattern.index[:2]], stored.grid)
+        self._guard = _index.Guard(self._product.sizes, stored.grid, known)
         self.reset_parameters()
 
     @property
@@ -173,7 +177,16 @@ class BlockSparseLinear(nn.Module):
         return self.weight.shape[0] / (-(-rows // i) * -(-cols // o))
 
     def reset_parameters(self) -> None:
-        """Draws weight and bias anew, from torch's generator. The pattern stays."""
+        """Draws weight and bias anew, from torch's generator. The pattern stays.
+
+        Where there is none, as on memory that `to_empty` made of a layer from the meta device, it is drawn as well, or,
+        if the layer was made with a `pattern` or a `mask`, put back.
+        """
+        if not self.order.is_meta and not self._guard.put_back(self._buffers):
+            drawn = BlockPattern.random(
+                _draw_key(), self._product.shape, density=self.density, block=self._product.block
+            )
+            self._guard.fill(self._buffers, drawn.index)
         _draw_parameters(self, max(1, round(self.density * self.in_features)))
         inside = None if self.weight.is_meta else edge_mask(self.pattern)
         if inside is not None:  # what lies beyond the matrix is zero, and stays so: it gets no gradient
@@ -249,37 +262,30 @@ class BlockSparseLinear(nn.Module):
         )
 
     def _index(self) -> tuple[Tensor, ...]:
-        return tuple([self._buffers[name] for name in _INDEX])  # pyright: ignore[reportReturnType]
+        return self._guard(self._buffers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._guard.settle(self._buffers)  # a copy may be blurred by averages before its first call
+        return self.__dict__
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self._guard.settle(self._buffers)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        misfit = self._misfit({name: state_dict.get(prefix + name) for name in ("sizes", "weight", *_INDEX)})
+        names = ("sizes", "weight", *_index.NAMES)
+        saved = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        misfit = self._guard.misfit(saved, {name: getattr(self, name).shape for name in saved})
         if misfit:  # all or nothing: half of another pattern would multiply wrongly
             error_msgs.append(f"{prefix or 'this layer'}: {misfit}")
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-
-    def _misfit(self, saved: dict[str, Tensor | None]) -> str | None:
-        """Why saved tensors don't belong in this layer, if they don't."""
-        sizes = saved["sizes"]
-        if sizes is not None and not sizes.is_meta and sizes.tolist() != list(self._product.sizes):
-            return (
-                f"the saved pattern has (in, out, block in, block out, transposed) = {sizes.tolist()}, this "
-                f"layer {list(self._product.sizes)}. Make the layer with the sizes and block of the saved "
-                "one."
-            )
-        for name, t in saved.items():
-            here = getattr(self, name)
-            if t is not None and t.shape != here.shape:
-                return (
-                    f"size mismatch for {name}: {list(t.shape)} was saved, and this layer has "
-                    f"{list(here.shape)}. Make the layer with the density of the saved one: its pattern may "
-                    "differ, but not how much it stores."
-                )
-        return None
+        values = any(key.startswith((prefix + "weight", prefix + "parametrizations.weight")) for key in state_dict)
+        self._guard.loaded(self._buffers, saved, values)
 
 
 class SparseLinear(BlockSparseLinear):
@@ -288,13 +294,13 @@ class SparseLinear(BlockSparseLinear):
     Args: as for `BlockSparseLinear`, without `block`.
     """
 
-    def __init__(self, in_features: int, out_features: int, density: float | None = None, **options):
+    def __init__(self, in_features: int, out_features: int, density: float | None = None, *, device=None, **options):
         if "block" in options:
             raise TypeError("SparseLinear stores single entries and takes no block; BlockSparseLinear does.")
         pattern = options.get("pattern")
         if pattern is not None and pattern.block != (1, 1):
             raise ValueError(f"the pattern has blocks of {pattern.block}, not single entries: use BlockSparseLinear.")
-        super().__init__(in_features, out_features, density, (1, 1), **options)
+        super().__init__(in_features, out_features, density, (1, 1), device=device, **options)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, density: float | None = None, *, block=(1, 1), **options) -> Self:
