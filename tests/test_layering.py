@@ -59,6 +59,7 @@ BRIDGE = {
     "_nnx.py": {"_errors", "_linen"},
     "model.py": {"_linen", "_nnx", "abstract", "autograd", "compile", "dlpack", "flat_op", "function"},
     "module.py": {"_errors", "_linen", "_nnx", "dlpack", "model"},
+    "dynamic.py": {"dlpack", "nn"},
     "nn.py": {"_compressed", "_dense", "_index", "_product", "dlpack"},
     "patch.py": {"nn"},
 }
@@ -67,6 +68,7 @@ SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
     "_dense.py": {"jaxsparse.formats"},
     "checkpoint.py": {"jaxsparse.checkpoint"},
     "_product.py": {"jaxsparse.formats", "jaxsparse.ops"},
+    "dynamic.py": {"jaxsparse.dynamic"},
     "nn.py": {"jaxsparse._flax", "jaxsparse.formats"},
     "patch.py": {"jaxsparse._rules"},
 }

@@ -21,8 +21,13 @@ SMALL = 2**15  # entries that are all looked at while they are loaded; of more, 
 Buffers = Mapping[str, Any]  # tensors, by name
 _NOTHING = ((None,) * len(NAMES), (), ())
 _WAYS_OUT = (
-    "Load a state_dict that has the whole pattern, or copy all five index buffers of a layer that has it. A moving "
-    "average of a model whose pattern moved must begin anew."
+    "Load a state_dict that has the whole pattern, or copy all five of a layer that has it; reset_parameters() puts "
+    "the last one back, with new numbers. A moving average of a model whose pattern moved must begin anew."
+)
+_LACKS_PATTERN = (
+    "the weight was loaded without its pattern, and nothing says that this layer's own is the same: the numbers may be "
+    "at other places. Save and load the whole state_dict(). If it is the same, load it along with them: "
+    "model.load_state_dict({**copy.deepcopy(dict(model.named_buffers())), **saved}, strict=False)."
 )
 _one_at_a_time = threading.RLock()  # no thread reads what another is putting back
 _is_wrapped = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda t: True)
@@ -84,8 +89,14 @@ class Guard:
             self._look(buffers, index)
         return index
 
-    def settle(self, buffers: Buffers) -> None:
-        """Looks at the buffers, and mends them, before they are copied or saved; says nothing of what is wrong."""
+    def settle(self, buffers: Buffers, saving: bool = False) -> None:
+        """Looks at the buffers, and mends them, before they are copied or saved; does not say what is wrong with them.
+
+        Raises:
+          ValueError: when values would be saved with a pattern that is not known to be theirs.
+        """
+        if saving and self.lacks_pattern:
+            raise ValueError(_LACKS_PATTERN)
         try:
             self(buffers)
         except ValueError:
@@ -127,10 +138,11 @@ class Guard:
                 f"the saved pattern has (in, out, block in, block out, transposed) = {sizes.tolist()}, this "
                 f"layer {list(self.sizes)}. Make the layer with the sizes and block of the saved one."
             )
-        for name, t in saved.items():
-            if t.shape != shapes[name]:
+        for name, shape in shapes.items():
+            t = saved.get(name)
+            if t is not None and t.shape != shape:
                 return (
-                    f"size mismatch for {name}: {list(t.shape)} was saved, and this layer has {list(shapes[name])}. "
+                    f"size mismatch for {name}: {list(t.shape)} was saved, and this layer has {list(shape)}. "
                     "Make the layer with the density of the saved one: its pattern may differ, but not how much it "
                     "stores."
                 )
@@ -148,8 +160,9 @@ class Guard:
             "not averaged or edited."
         )
 
-    def loaded(self, buffers: Buffers, saved: Mapping[str, Tensor], values: bool) -> None:
-        """Notes what `load_state_dict` has just brought: these buffers, and whether values."""
+    def loaded(self, buffers: Buffers, saved: Mapping[str, Tensor]) -> None:
+        """Notes what `load_state_dict` has just brought."""
+        values = any(name.startswith(("weight", "parametrizations.weight")) for name in saved)
         self._seen = _NOTHING
         if any(name in saved for name in NAMES):
             self.lacks_pattern, self._loaded_ahead = False, not values
@@ -173,11 +186,7 @@ class Guard:
 
     def _look(self, buffers: Buffers, index: tuple[Tensor, ...]) -> None:
         if self.lacks_pattern:
-            raise ValueError(
-                "the weight was loaded without its pattern, and nothing says that this layer's own is the same: the "
-                "numbers may be at other places. Save and load the whole state_dict(). If the patterns are the same, say "
-                "so: model.load_state_dict({**dict(model.named_buffers()), **saved}, strict=False)."
-            )
+            raise ValueError(_LACKS_PATTERN)
         if not _readable((*index, buffers["sizes"])):
             return
         seen = _state(index)  # before the numbers are read: what is written meanwhile is seen at the next call

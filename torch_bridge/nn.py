@@ -269,23 +269,23 @@ class BlockSparseLinear(nn.Module):
         return self.__dict__
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        self._guard.settle(self._buffers)
+        self._guard.settle(self._buffers, saving=True)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        names = ("sizes", "weight", *_index.NAMES)
-        saved = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
-        misfit = self._guard.misfit(saved, {name: getattr(self, name).shape for name in saved})
+        own = {id(t) for t in (*self.parameters(), *self.buffers())}  # with which some loaders fill up what was saved
+        saved = {key.removeprefix(prefix): t for key, t in state_dict.items() if id(t) not in own}
+        here = {name: getattr(self, name).shape for name in ("weight", "sizes", *_index.NAMES)}
+        misfit = self._guard.misfit(saved, here)
         if misfit:  # all or nothing: half of another pattern would multiply wrongly
             error_msgs.append(f"{prefix or 'this layer'}: {misfit}")
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        values = any(key.startswith((prefix + "weight", prefix + "parametrizations.weight")) for key in state_dict)
-        self._guard.loaded(self._buffers, saved, values)
+        self._guard.loaded(self._buffers, saved)
 
 
 class SparseLinear(BlockSparseLinear):
