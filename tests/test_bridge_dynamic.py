@@ -140,6 +140,15 @@ def test_an_average_moves_along_and_one_that_did_not_is_told_apart():
         dynamic.rigl(layer, optimizer, x=x, dy=dy, drop_fraction=0.3, averages=[left])
 
 
+def test_layers_that_share_a_weight_move_once():
+    layer, optimizer, x, dy = trained(LAYERS["entries"], OPTIMIZERS["SGD"])
+    tied = copy.deepcopy(layer)
+    tied.weight, twin = layer.weight, copy.deepcopy(layer)
+    dynamic.rigl(twin, None, x=x, dy=dy, drop_fraction=0.3)
+    dynamic.rigl(layer, optimizer, x=x, dy=dy, drop_fraction=0.3, averages=[tied])
+    assert tied.weight is layer.weight and torch.equal(tied(x), layer(x)) and torch.equal(twin.weight, layer.weight)
+
+
 def test_a_layer_without_an_optimizer_or_a_step_moves():
     layer = LAYERS["entries"]()
     before = layer.order.clone()

@@ -253,8 +253,13 @@ def test_a_whole_pattern_is_taken_however_it_comes(make):
 
 def test_a_pattern_is_looked_at_once_per_change(monkeypatch):
     looks = []
-    look = _index.Guard._look
-    monkeypatch.setattr(_index.Guard, "_look", lambda self, *a: (looks.append(1), look(self, *a)))
+    look = _index.Guard._examined
+
+    def examined(self, *args):
+        looks.append(1)
+        return look(self, *args)
+
+    monkeypatch.setattr(_index.Guard, "_examined", examined)
     layer, x = make(), torch.randn(2, 300)
     for expected, change in ((1, lambda: layer.order.add_(0)), (1, lambda: layer.share_memory()), (0, lambda: None)):
         layer(x)

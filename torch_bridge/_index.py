@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from torch_bridge._whole import NAMES, Record, fault
 
@@ -55,10 +56,11 @@ class Guard:
         self.sizes, self.grid, self.record = sizes, grid, record
         self.lacks_pattern = False  # whether values were loaded last without the pattern that they belong to
         self._loaded_ahead = False  # whether a pattern was loaded last without values
+        self._source: _Source | None = None  # what was loaded last, until it has been looked at
         self._seen: tuple = _NOTHING
 
     def __getstate__(self) -> dict[str, Any]:  # copies share the record, and look for themselves
-        return {**self.__dict__, "_seen": _NOTHING}
+        return {**self.__dict__, "_seen": _NOTHING, "_source": None}
 
     def __deepcopy__(self, memo) -> Guard:
         twin = object.__new__(Guard)
@@ -71,23 +73,24 @@ class Guard:
         Raises:
           ValueError: if they hold no whole pattern, or not the one that the values were saved with.
         """
-        index = a, b, c, d, e = (
-            buffers["col_ptr"], buffers["row_index"], buffers["row_ptr"], buffers["col_index"], buffers["order"],
-        )  # fmt: skip
-        if torch.compiler.is_dynamo_compiling():
-            return index
-        (v, w, x, y, z), versions, places = self._seen
-        if a is v and b is w and c is x and d is y and e is z:
+        if is_dynamo_compiling():
+            return tuple([buffers[name] for name in NAMES])
+        index, versions, places = self._seen
+        a, b, c, d, e = index
+        if (
+            buffers["col_ptr"] is a
+            and buffers["row_index"] is b
+            and buffers["row_ptr"] is c
+            and buffers["col_index"] is d
+            and buffers["order"] is e
+        ):
             try:
                 if (a._version, b._version, c._version, d._version, e._version) == versions:
                     if (a.data_ptr(), b.data_ptr(), c.data_ptr(), d.data_ptr(), e.data_ptr()) == places:
                         return index
-            except RuntimeError:  # of inference mode
-                if tuple([t.data_ptr() for t in index]) == places:
-                    return index
-        with _one_at_a_time:
-            self._look(buffers, index)
-        return index
+            except RuntimeError:
+                pass  # tensors of inference mode have no versions
+        return self._look(buffers)
 
     def settle(self, buffers: Buffers, saving: bool = False) -> None:
         """Looks at the buffers, and mends them, before they are copied or saved; does not say what is wrong with them.
@@ -108,7 +111,7 @@ class Guard:
         with torch.no_grad(), torch.inference_mode(buffers["order"].is_inference()):
             for name, a in zip((*NAMES, "sizes"), (*arrays, np.array(self.sizes)), strict=True):
                 buffers[name].copy_(torch.from_numpy(a.astype(np.int32)))
-        self.record, self.lacks_pattern = Record.of(arrays, self.grid), False
+        self.record, self.lacks_pattern, self._source = Record.of(arrays, self.grid), False, None
         self._seen = _state(tuple(buffers[name] for name in NAMES))
 
     def put_back(self, buffers: Buffers) -> bool:
@@ -166,17 +169,11 @@ class Guard:
         self._seen = _NOTHING
         if any(name in saved for name in NAMES):
             self.lacks_pattern, self._loaded_ahead = False, not values
-            self._remember(buffers)
+            self._source = _Source.of([saved.get(name) for name in NAMES[:2]])
             if "sizes" not in saved:  # it need not have been filled
                 buffers["sizes"].copy_(torch.tensor(self.sizes))
         elif values:
             self.lacks_pattern, self._loaded_ahead = not (self._loaded_ahead or self._is_only_one(buffers)), False
-
-    def _remember(self, buffers: Buffers) -> None:
-        """Keeps what was loaded, as an average may blur it before it is looked at."""
-        index = tuple(buffers[name] for name in NAMES)
-        if _readable(index):
-            self.record = Record.of([t.cpu().numpy() for t in index[:2]], self.grid)
 
     def _is_only_one(self, buffers: Buffers) -> bool:
         """Whether there is no other pattern of this size: all blocks, or none."""
@@ -184,33 +181,36 @@ class Guard:
 
     # ---- after a change ----------------------------------------------------------------------------------------
 
-    def _look(self, buffers: Buffers, index: tuple[Tensor, ...]) -> None:
-        if self.lacks_pattern:
-            raise ValueError(_LACKS_PATTERN)
-        if not _readable((*index, buffers["sizes"])):
-            return
-        seen = _state(index)  # before the numbers are read: what is written meanwhile is seen at the next call
+    def _look(self, buffers: Buffers) -> tuple[Tensor, ...]:
+        index = tuple([buffers[name] for name in NAMES])
+        with _one_at_a_time:
+            if self.lacks_pattern:
+                raise ValueError(_LACKS_PATTERN)
+            if _readable((*index, buffers["sizes"])):
+                state = _state(index)  # before the numbers: what is written meanwhile is seen at the next call
+                if state[1:] != self._seen[1:] or any(a is not b for a, b in zip(index, self._seen[0], strict=True)):
+                    self._seen = self._examined(buffers, index, state)
+                    self._loaded_ahead = False
+        return index
+
+    def _examined(self, buffers: Buffers, index: tuple[Tensor, ...], state: tuple) -> tuple:
+        """The state of buffers that hold a whole pattern, in the end."""
         arrays, sizes = [t.cpu().numpy() for t in index], buffers["sizes"].cpu().numpy()
-        floats = [
-            f"{name} is {t.dtype}, no integers" for name, t in zip(NAMES, index, strict=True) if t.is_floating_point()
-        ]
+        floats = [f"{name} is {t.dtype}" for name, t in zip(NAMES, index, strict=True) if t.is_floating_point()]
         wrong = floats[0] if floats else fault(arrays, self.grid)
         if wrong is None and sizes.tolist() != list(self.sizes):
             wrong = f"sizes is {sizes.tolist()}, and this layer's sizes are {list(self.sizes)}"
         if wrong is None:
-            self._accept(arrays)
-        else:
-            whole = self.record and self.record.whole(self.grid)
-            if whole is None or not self._is_average([*arrays, sizes], [*whole, np.array(self.sizes)]):
-                raise ValueError(self._refusal(wrong))
-            self.fill(buffers, whole)
-            seen = _state(index)
-        self._loaded_ahead, self._seen = False, seen
-
-    def _accept(self, arrays: list[np.ndarray]) -> None:
-        new = self.record is None or not all(map(np.array_equal, self.record, arrays))
-        if new:
-            self.record = Record.of(arrays, self.grid)
+            if self.record is None or not all(map(np.array_equal, self.record, arrays)):
+                self.record = Record.of(arrays, self.grid)
+            self._source = None
+            return state
+        record = (self._source and self._source.record(self.grid)) or self.record
+        whole = record and record.whole(self.grid)
+        if whole is None or not self._is_average([*arrays, sizes], [*whole, np.array(self.sizes)]):
+            raise ValueError(self._refusal(wrong))
+        self.fill(buffers, whole)
+        return self._seen
 
     def _is_average(self, arrays: list[np.ndarray], whole: list[np.ndarray]) -> bool:
         """Whether all numbers are what rounding makes of the numbers of `whole`: equal ones of equal ones.
@@ -237,6 +237,25 @@ class Guard:
             f"the index buffers of this layer hold no whole pattern: {wrong}. Something wrote into them, or to_empty() "
             f"took their memory. {_WAYS_OUT}"
         )
+
+
+class _Source(NamedTuple):
+    """Tensors that were loaded: a record as long as nobody writes into them, for which nothing had to be copied."""
+
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensors: list[Tensor | None]) -> _Source | None:
+        given = tuple(t for t in tensors if t is not None)
+        if len(given) < len(tensors) or not _readable(given) or any(t.is_inference() for t in given):
+            return None
+        return cls(given, tuple(t._version for t in given))
+
+    def record(self, grid: tuple[int, int]) -> Record | None:
+        if tuple(t._version for t in self.tensors) != self.versions:
+            return None
+        return Record.of([t.detach().cpu().numpy() for t in self.tensors], grid)
 
 
 # ---- tensors -----------------------------------------------------------------------------------------------------

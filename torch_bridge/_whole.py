@@ -9,7 +9,7 @@ import numpy as np
 
 NAMES = ("col_ptr", "row_index", "row_ptr", "col_index", "order")
 RUN = 2**15  # entries that are looked at together: what is computed from them stays in the cache
-SAMPLED = 2, 2**11  # of a sample: how many runs, of how many entries
+SAMPLE = 2**7  # entries at the end, where numbers are large and averages lose most
 
 
 class Record(NamedTuple):
@@ -26,7 +26,11 @@ class Record(NamedTuple):
     def whole(self, grid: tuple[int, int]) -> list[np.ndarray] | None:
         """All five arrays, on a grid of (rows, columns), or None if this is no pattern on it."""
         col_ptr, row_index = (a.astype(np.int64) for a in self)
-        if _wrong_pointers("", col_ptr, row_index.size) or _out_of_range("", row_index, 0, grid[0]):
+        if (
+            _wrong_ends("", col_ptr, row_index.size)
+            or _falling_pointers("", col_ptr)
+            or _out_of_range("", row_index, 0, grid[0])
+        ):
             return None
         order = np.argsort(self.row_index, kind="stable")
         cols = np.repeat(np.arange(grid[1]), np.diff(col_ptr))
@@ -43,7 +47,7 @@ def fault(arrays: Sequence[np.ndarray], grid: tuple[int, int], sample: bool = Fa
 
     Args:
       grid: (rows, columns), in blocks.
-      sample: look at some entries only, in runs spread evenly; the pointers are looked at all the same.
+      sample: look at the ends only, of pointers and entries, where averages leave their marks.
     """
     arrays = list(arrays)
     for k, (name, a) in enumerate(zip(NAMES, arrays, strict=True)):
@@ -54,30 +58,26 @@ def fault(arrays: Sequence[np.ndarray], grid: tuple[int, int], sample: bool = Fa
             if (arrays[k] != a).any():
                 return f"{name} has {a[arrays[k] != a][0]:.6g} among its integers"
     col_ptr, _, row_ptr, _, order = arrays
-    wrong = _wrong_pointers("col_ptr", col_ptr, order.size) or _wrong_pointers("row_ptr", row_ptr, order.size)
-    runs, length = SAMPLED if sample else (1, RUN)
-    for start in range(0, 0 if wrong else order.size, max(length, order.size // runs if sample else 0)):
-        wrong = _wrong_run(arrays, grid, start, min(start + length, order.size))
+    for name, ptr in (("col_ptr", col_ptr), ("row_ptr", row_ptr)):
+        wrong = _wrong_ends(name, ptr, order.size) or (None if sample else _falling_pointers(name, ptr))
         if wrong:
-            break
-    return wrong
+            return wrong
+    first = max(order.size - SAMPLE, 0) if sample else 0
+    for start in range(first, order.size, RUN):
+        stop = min(start + RUN, order.size)
+        wrong = _wrong_order(arrays, grid, start, stop) or (None if sample else _falling(arrays, start, stop))
+        if wrong:
+            return wrong
+    return None
 
 
-def _wrong_run(arrays: Sequence[np.ndarray], grid: tuple[int, int], start: int, stop: int) -> str | None:
-    col_ptr, row_index, row_ptr, col_index, order = arrays
-    return (
-        _out_of_range("row_index", row_index[start:stop], start, grid[0])
-        or _out_of_range("col_index", col_index[start:stop], start, grid[1])
-        or _out_of_range("order", order[start:stop], start, order.size)
-        or _falling("row_index", row_index, col_ptr, start, stop)
-        or _falling("col_index", col_index, row_ptr, start, stop)
-        or _wrong_order(arrays, start, stop)
-    )
+def _wrong_ends(name: str, ptr: np.ndarray, count: int) -> str | None:
+    if ptr[0] == 0 and ptr[-1] == count:
+        return None
+    return f"{name} goes from {ptr[0]} to {ptr[-1]}, and must go from 0 to {count}, the number of entries"
 
 
-def _wrong_pointers(name: str, ptr: np.ndarray, count: int) -> str | None:
-    if ptr[0] != 0 or ptr[-1] != count:
-        return f"{name} goes from {ptr[0]} to {ptr[-1]}, and must go from 0 to {count}, the number of entries"
+def _falling_pointers(name: str, ptr: np.ndarray) -> str | None:
     falls = ptr[1:] < ptr[:-1]
     if falls.any():
         k = int(np.argmax(falls))
@@ -92,24 +92,36 @@ def _out_of_range(name: str, part: np.ndarray, start: int, bound: int) -> str | 
     return f"{name} has {part[k]} at {start + k}, outside 0 to {bound - 1}"
 
 
-def _falling(name: str, index: np.ndarray, ptr: np.ndarray, start: int, stop: int) -> str | None:
+def _falling(arrays: Sequence[np.ndarray], start: int, stop: int) -> str | None:
     """Where indices do not ascend, other than at the beginning of a line."""
-    part = index[max(start - 1, 0) : stop]
-    falls = np.flatnonzero(part[1:] <= part[:-1]) + max(start, 1)
-    wrong = falls[ptr[np.searchsorted(ptr, falls)] != falls]
-    if not wrong.size:
-        return None
-    k = int(wrong[0])
-    return f"{name} has {index[k - 1]} and then {index[k]} in one line, at {k - 1} and {k}"
+    col_ptr, row_index, row_ptr, col_index, _ = arrays
+    for name, index, ptr in (("row_index", row_index, col_ptr), ("col_index", col_index, row_ptr)):
+        part = index[max(start - 1, 0) : stop]
+        falls = np.flatnonzero(part[1:] <= part[:-1]) + max(start, 1)
+        at = np.searchsorted(ptr, falls.astype(ptr.dtype))  # of one dtype: it would copy all pointers
+        wrong = falls[ptr[at] != falls]
+        if wrong.size:
+            k = int(wrong[0])
+            return f"{name} has {index[k - 1]} and then {index[k]} in one line, at {k - 1} and {k}"
+    return None
 
 
-def _wrong_order(arrays: Sequence[np.ndarray], start: int, stop: int) -> str | None:
+def _wrong_order(arrays: Sequence[np.ndarray], grid: tuple[int, int], start: int, stop: int) -> str | None:
     """Where the views disagree: entry k of the view by rows, in its row and column, is stored at order[k]."""
     col_ptr, row_index, row_ptr, col_index, order = arrays
-    first, last = np.searchsorted(row_ptr, (start, stop - 1), side="right") - 1
+    cols, at = col_index[start:stop], order[start:stop]
+    wrong = (
+        _out_of_range("row_index", row_index[start:stop], start, grid[0])
+        or _out_of_range("col_index", cols, start, grid[1])
+        or _out_of_range("order", at, start, order.size)
+    )
+    first, last = np.searchsorted(row_ptr, np.array((start, stop - 1), row_ptr.dtype), side="right") - 1
     counts = np.diff(np.clip(row_ptr[first : last + 2], start, stop))
-    rows, cols, at = np.repeat(np.arange(first, last + 1), counts), col_index[start:stop], order[start:stop]
-    wrong = (row_index.take(at) != rows) | (col_ptr.take(cols) > at) | (col_ptr[1:].take(cols) <= at)
+    if wrong or counts.sum() != stop - start or counts.min() < 0:
+        return wrong or f"row_ptr falls between {first} and {last + 1}"
+    rows = np.repeat(np.arange(first, last + 1), counts)
+    wrong = row_index.take(at, mode="clip") != rows
+    wrong |= (col_ptr.take(cols, mode="clip") > at) | (col_ptr[1:].take(cols, mode="clip") <= at)
     if not wrong.any():
         return None
     k = int(np.argmax(wrong))

@@ -46,7 +46,7 @@ def rigl(
       x: [*batch, in], the layer's input.
       dy: [*batch, out], the gradient of the loss by the layer's output.
       drop_fraction: of the stored entries, 0 to 1; it may change from call to call, and nothing is compiled anew.
-      averages: layers of the same pattern whose weight is an average of this one's, and moves along.
+      averages: layers of the same pattern that move along: with an average of this one's weight, or with the same.
     Raises:
       ValueError: for shapes that don't fit, a drop fraction outside [0, 1], an optimizer that does not hold the
         weight, and averages of another pattern.
@@ -82,7 +82,8 @@ def _move(layer, optimizer, averages, drop_fraction: float, choose: Callable[...
     for one in layers:
         if not isinstance(one, BlockSparseLinear):
             raise TypeError(f"a {type(one).__name__} has no pattern that moves; SparseLinear and BlockSparseLinear do.")
-    moving = [t for one in layers for t in _weight_and_gradient(one, layer)]
+    weights = {id(one.weight): _weight_and_gradient(one, layer) for one in layers}  # each once, where layers share it
+    moving = [t for pair in weights.values() for t in pair]
     moving += _state_of(layer.weight, optimizer) if optimizer is not None else []
     pattern, weight = layer.pattern, torch_to_jax(layer.weight.detach().float())
     # Handed over as the optimizer's state: it comes back as the numbers of the entries that are kept, 0 for the grown.
@@ -124,7 +125,9 @@ def _state_of(weight: Tensor, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     for name, value in state.items():
         if isinstance(value, Tensor) and _fits(value, weight):
             moving.append(value)
-        elif not (value is None or isinstance(value, (bool, int, float, str))) and getattr(value, "numel", int)() != 1:
+        elif isinstance(value, Tensor) and value.numel() == 1 or value is None or isinstance(value, (int, float, str)):
+            pass  # of the weight as a whole, such as the number of steps
+        else:
             what = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise NotImplementedError(
                 f"{type(optimizer).__name__} keeps {name!r} of {what} for a weight of {list(weight.shape)}, and how "
