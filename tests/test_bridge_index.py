@@ -4,6 +4,7 @@ import copy
 import io
 import os
 import pickle
+import re
 import threading
 
 import pytest
@@ -350,6 +351,22 @@ def test_a_damaged_pattern_never_passes_as_whole():
                 a[rng.integers(a.size)] = rng.integers(-3, 12)
         same = all(map(np.array_equal, whole, damaged))
         assert (fault(damaged, grid) is None) == same, (seed, whole, damaged)
+
+
+@pytest.mark.parametrize(
+    "arrays, grid, reason",
+    [
+        ([[0, 2], [1, 0], [0, 1, 2], [0, 0], [1, 0]], (2, 1), "row_index has 1 and then 0 in one line, at 0 and 1"),
+        ([[0, 2], [0, 0], [0, 2], [0, 0], [0, 1]], (1, 1), "row_index has 0 and then 0 in one line"),
+        ([[0, 1, 2], [0, 0], [0, 2], [1, 0], [1, 0]], (1, 2), "col_index has 1 and then 0 in one line"),
+        ([[0, 1, 1], [0], [0, 1], [1], [0]], (1, 2), r"entry 0 is \(0, 1\), but order has it at 0, where \(0, 0\)"),
+        ([[0, 2, 1], [0], [0, 1], [0], [0]], (1, 2), "col_ptr falls from 2 to 1 at 2"),
+        ([[0, 1], [0], [0, 1], [3], [0]], (1, 1), "col_index has 3 at 0, outside 0 to 0"),
+        ([[0, 1], [0], [0, 1], [0.5], [0]], (1, 1), "col_index has 0.5 among its integers"),
+    ],
+)
+def test_views_that_agree_but_are_no_pattern_are_told_apart(arrays, grid, reason):
+    assert re.search(reason, fault([np.array(a) for a in arrays], grid) or "whole")
 
 
 def test_half_of_another_pattern_never_passes_as_whole():

@@ -249,12 +249,34 @@ def test_reset_parameters_puts_a_given_pattern_back(view):
 
 
 def test_reset_parameters_keeps_a_pattern_that_was_loaded_and_mends_one_that_was_lost():
-    layer, source = make(0)[0], make(1)[0]
-    layer.load_state_dict(source.state_dict())
-    layer.reset_parameters()
-    assert torch.equal(layer.order, source.order)
+    source = make(1)[0]
+    for layer in (make(0)[0], empty(on_meta()[0])):
+        layer.load_state_dict(source.state_dict())
+        layer.reset_parameters()
+        assert torch.equal(layer.order, source.order)
     empty(layer).reset_parameters()
     assert torch.equal(layer.order, source.order) and layer(X).shape == (3, 40)
+
+
+def test_what_was_loaded_is_known_before_the_first_call_without_a_copy_of_it():
+    layer, source = make(0)[0], make(1)[0]
+    saved = source.state_dict()
+    layer.load_state_dict(saved)
+    assert layer._guard._source.tensors[1] is saved["row_index"]
+    with torch.no_grad():
+        for t in layer.buffers():
+            t.copy_(0.9999 * t + (1 - 0.9999) * t)
+    assert_same(layer, source)
+    assert layer._guard._source is None
+
+
+def test_loaded_tensors_that_were_written_into_are_no_record():
+    layer, source = make(0)[0], make(1)[0]
+    saved = source.state_dict()
+    layer.load_state_dict(saved, assign=True)
+    saved["row_index"].zero_()
+    with pytest.raises(ValueError, match="no whole pattern"):
+        layer(X)
 
 
 @pytest.mark.parametrize("kind, sizes", [(SparseLinear, (30, 40, 0.2)), (BlockSparseLinear, (30, 40, 0.2, 5))])

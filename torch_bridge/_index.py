@@ -117,15 +117,16 @@ class Guard:
     def put_back(self, buffers: Buffers) -> bool:
         """Writes the pattern that is known into buffers that hold no whole one; whether one is known."""
         self.lacks_pattern = False
+        if self.record is None and self._source is None:
+            return False
         try:
-            if self.record is not None:
-                self(buffers)
+            self(buffers)
         except ValueError:
             whole = self.record and self.record.whole(self.grid)
             if whole is None:
                 return False
             self.fill(buffers, whole)
-        return self.record is not None
+        return True
 
     # ---- loading ----------------------------------------------------------------------------------------------
 

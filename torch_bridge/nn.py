@@ -106,7 +106,8 @@ class BlockSparseLinear(nn.Module):
 
     Give exactly one of `density`, `pattern` and `mask`. With density 1 it computes what `torch.nn.Linear`
     does. The pattern is in buffers: `state_dict` carries it, and it loads into any layer of the same sizes
-    and count. A layer made on the meta device gets its pattern, too, only when a state_dict is loaded.
+    and count. A layer made on the meta device gets its pattern, too, when a state_dict is loaded, or by
+    `reset_parameters`. `_index.Guard` says when the buffers are checked.
 
     Args:
       in_features, out_features: sizes; neither need be a multiple of the block.
@@ -124,7 +125,8 @@ class BlockSparseLinear(nn.Module):
       bias: [out_features], or None.
     Raises:
       ValueError: if none or several of the three are given, or they are of another shape; and in a call whose
-        input has another dtype than the weight (outside torch.autocast) or other features.
+        input has another dtype than the weight (outside torch.autocast) or other features, whose buffers hold no
+        whole pattern, or whose weight was loaded without its pattern.
     """
 
     weight: Tensor
