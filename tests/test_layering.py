@@ -49,8 +49,10 @@ BRIDGE = {
     "_linear.py": {"_dense", "dlpack"},
     "_errors.py": set(),
     "_flops.py": set(),
+    "_index.py": {"_whole"},
     "_process.py": {"_errors"},
     "_product.py": {"function"},
+    "_whole.py": set(),
     "checkpoint.py": set(),
     "dlpack.py": {"_errors", "_process"},
     "flat_op.py": set(),
@@ -75,7 +77,8 @@ BRIDGE = {
         "operator",
     },
     "module.py": {"_errors", "_linen", "_nnx", "_watch", "dlpack", "model"},
-    "nn.py": {"_compressed", "_dense", "_linear", "_product", "_watch", "dlpack"},
+    "dynamic.py": {"dlpack", "nn"},
+    "nn.py": {"_compressed", "_dense", "_index", "_linear", "_product", "_watch", "dlpack"},
     "patch.py": {"_linear", "nn"},
 }
 SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
@@ -83,6 +86,7 @@ SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
     "_dense.py": {"jaxsparse.formats"},
     "checkpoint.py": {"jaxsparse._targets", "jaxsparse._trees", "jaxsparse.checkpoint"},
     "_product.py": {"jaxsparse.formats", "jaxsparse.ops"},
+    "dynamic.py": {"jaxsparse.dynamic"},
     "nn.py": {"jaxsparse._flax", "jaxsparse.formats"},
     "patch.py": {"jaxsparse._rules"},
 }
