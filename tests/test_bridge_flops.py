@@ -101,3 +101,11 @@ def test_branches_count_as_the_dearest():
         return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x @ x @ x, x)
 
     assert work(f, torch.ones(4, 4))[0] == 2 * 2 * 4**3
+
+
+def test_tensors_on_the_meta_device_are_counted_and_not_computed_with():
+    f, x = jax2torch(jnp.matmul), torch.empty(ROWS, 64, device="meta")
+    w = torch.empty(64, 5, device="meta", requires_grad=True)
+    forward, y = work(f, x, w)
+    assert y.is_meta and y.shape == (ROWS, 5)
+    assert forward == work(y.sum().backward)[0] == 2 * ROWS * 64 * 5

@@ -281,6 +281,13 @@ def test_fx_symbolic_trace_keeps_the_operator(make):
 
 
 @each_layer
+def test_a_layer_on_the_meta_device_has_shapes(make):
+    layer = make(device="meta", dtype=torch.bfloat16)
+    y = layer(torch.empty(3, 5, layer.in_features, device="meta", dtype=torch.bfloat16))
+    assert (y.shape, y.dtype, y.device.type) == ((3, 5, layer.out_features), torch.bfloat16, "meta")
+
+
+@each_layer
 def test_the_flop_counter_counts_three_products(make):
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -49,12 +49,14 @@ BRIDGE = {
     "_linear.py": {"_dense", "dlpack"},
     "_errors.py": set(),
     "_flops.py": set(),
+    "_index.py": {"_whole"},
     "_process.py": {"_errors"},
     "_draw.py": set(),
     "_matrix.py": set(),
     "products.py": {"_matrix", "_watch"},
     "torch_ops.py": {"_matrix", "products"},
     "_product.py": {"function"},
+    "_whole.py": set(),
     "checkpoint.py": set(),
     "dlpack.py": {"_errors", "_process"},
     "flat_op.py": set(),
@@ -79,7 +81,8 @@ BRIDGE = {
         "operator",
     },
     "module.py": {"_errors", "_linen", "_nnx", "_watch", "dlpack", "model"},
-    "nn.py": {"_compressed", "_dense", "_linear", "_matrix", "_product", "_watch", "dlpack", "products"},
+    "dynamic.py": {"dlpack", "nn"},
+    "nn.py": {"_compressed", "_dense", "_index", "_linear", "_matrix", "_product", "_watch", "dlpack", "products"},
     "patch.py": {"_linear", "nn"},
 }
 SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
@@ -88,6 +91,7 @@ SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
     "_dense.py": {"jaxsparse.formats"},
     "checkpoint.py": {"jaxsparse._targets", "jaxsparse._trees", "jaxsparse.checkpoint"},
     "_product.py": {"jaxsparse.formats", "jaxsparse.ops"},
+    "dynamic.py": {"jaxsparse.dynamic"},
     "nn.py": {"jaxsparse._flax", "jaxsparse.formats"},
     "patch.py": {"jaxsparse._rules"},
 }

@@ -6,19 +6,19 @@ import math
 from typing import Any, Self
 
 import jax
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from jaxsparse import _flax
 from jaxsparse.formats import BlockPattern
-from torch_bridge import _compressed, _dense, _linear, products
+from torch_bridge import _compressed, _dense, _index, _linear, products
 from torch_bridge._matrix import Diagonal, Sparse
 from torch_bridge._product import Product, edge_mask, traced
 from torch_bridge._watch import refuse_script
 from torch_bridge.dlpack import Views, jax_to_torch, torch_to_jax
 
-_INDEX = ("col_ptr", "row_index", "row_ptr", "col_index", "order")
-_LEADING = len(_INDEX) + 2  # operands that stay where they are: bias, the pattern's arrays, weight
+_LEADING = len(_index.NAMES) + 2  # operands that stay where they are: bias, the pattern's arrays, weight
 
 
 class BlockDiagLinear(nn.Module):
@@ -66,8 +66,8 @@ class BlockDiagLinear(nn.Module):
         i = _flax.features_per_block("in_features", in_features, num_blocks)
         o = _flax.features_per_block("out_features", out_features, num_blocks)
         self.in_features, self.out_features, self.num_blocks = in_features, out_features, num_blocks
-        self._sizes = num_blocks, i, o
-        self._product = Product(self._sizes, precision=precision, backend=backend)
+        self._matrix = Diagonal((num_blocks, i, o))
+        self._product = Product(self._matrix.sizes, precision=precision, backend=backend)
         self._traced = traced(self._product)
         self._views = Views(range(2 if bias else 1))
         _make_parameters(self, (num_blocks, i, o), out_features if bias else None, device, dtype)
@@ -99,7 +99,7 @@ class BlockDiagLinear(nn.Module):
         return _linear.to_dense(self, lambda blocks: torch.block_diag(*blocks))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _multiply(self, x, None, Diagonal(self._sizes))
+        return _multiply(self, x, None, self._matrix)
 
     def extra_repr(self) -> str:
         return (
@@ -115,7 +115,8 @@ class BlockSparseLinear(nn.Module):
 
     Give exactly one of `density`, `pattern` and `mask`. With density 1 it computes what `torch.nn.Linear`
     does. The pattern is in buffers: `state_dict` carries it, and it loads into any layer of the same sizes
-    and count. A layer made on the meta device gets its pattern, too, only when a state_dict is loaded.
+    and count. A layer made on the meta device gets its pattern, too, when a state_dict is loaded, or by
+    `reset_parameters`. `_index.Guard` says when the buffers are checked.
 
     Args:
       in_features, out_features: sizes; neither need be a multiple of the block.
@@ -133,7 +134,8 @@ class BlockSparseLinear(nn.Module):
       bias: [out_features], or None.
     Raises:
       ValueError: if none or several of the three are given, or they are of another shape; and in a call whose
-        input has another dtype than the weight (outside torch.autocast) or other features.
+        input has another dtype than the weight (outside torch.autocast) or other features, whose buffers hold no
+        whole pattern, or whose weight was loaded without its pattern.
     """
 
     weight: Tensor
@@ -166,9 +168,14 @@ class BlockSparseLinear(nn.Module):
         self._traced = traced(self._product)
         self._views = Views(range(_LEADING if bias else _LEADING - 1))
         _make_parameters(self, pattern.values_shape, out_features if bias else None, device, dtype)
-        for name in _INDEX:
+        for name in _index.NAMES:
             self.register_buffer(name, jax_to_torch(getattr(pattern, name)).to(self.weight.device))
         self.register_buffer("sizes", torch.tensor(self._product.sizes, dtype=torch.int32).to(self.weight.device))
+        stored = pattern.T if pattern.transposed else pattern
+        lost = density is not None and self.weight.is_meta  # reset_parameters draws another
+        known = None if lost else _index.Record.of([np.asarray(a) for a in pattern.index[:2]], stored.grid)
+        self._guard = _index.Guard(self._product.sizes, stored.grid, known)
+        self._matrix: Sparse | None = None
         self.reset_parameters()
 
     @property
@@ -183,7 +190,16 @@ class BlockSparseLinear(nn.Module):
         return self.weight.shape[0] / (-(-rows // i) * -(-cols // o))
 
     def reset_parameters(self) -> None:
-        """Draws weight and bias anew, from torch's generator. The pattern stays."""
+        """Draws weight and bias anew, from torch's generator. The pattern stays.
+
+        Where there is none, as on memory that `to_empty` made of a layer from the meta device, it is drawn as well, or,
+        if the layer was made with a `pattern` or a `mask`, put back.
+        """
+        if not self.order.is_meta and not self._guard.put_back(self._buffers):
+            drawn = BlockPattern.random(
+                _draw_key(), self._product.shape, density=self.density, block=self._product.block
+            )
+            self._guard.fill(self._buffers, drawn.index)
         _draw_parameters(self, max(1, round(self.density * self.in_features)))
         inside = None if self.weight.is_meta else edge_mask(self.pattern)
         if inside is not None:  # what lies beyond the matrix is zero, and stays so: it gets no gradient
@@ -260,7 +276,7 @@ class BlockSparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         index = self._index()
-        return _multiply(self, x, index, Sparse(index, *self._product.stored))
+        return _multiply(self, x, index, self._stored(index))
 
     def extra_repr(self) -> str:
         return (
@@ -269,37 +285,40 @@ class BlockSparseLinear(nn.Module):
         )
 
     def _index(self) -> tuple[Tensor, ...]:
-        return tuple([self._buffers[name] for name in _INDEX])  # pyright: ignore[reportReturnType]
+        return self._guard(self._buffers)
+
+    def _stored(self, index: tuple[Tensor, ...]) -> Sparse:
+        """The matrix of these buffers, which are the same from call to call."""
+        kept = self._matrix
+        if kept is not None and kept.index is index:
+            return kept
+        made = Sparse(index, *self._product.stored)
+        if not torch.compiler.is_compiling():
+            self._matrix = made
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._guard.settle(self._buffers)  # a copy may be blurred by averages before its first call
+        return {**self.__dict__, "_matrix": None}
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self._guard.settle(self._buffers, saving=True)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        misfit = self._misfit({name: state_dict.get(prefix + name) for name in ("sizes", "weight", *_INDEX)})
+        own = {id(t) for t in (*self.parameters(), *self.buffers())}  # with which some loaders fill up what was saved
+        saved = {key.removeprefix(prefix): t for key, t in state_dict.items() if id(t) not in own}
+        here = {name: getattr(self, name).shape for name in ("weight", "sizes", *_index.NAMES)}
+        misfit = self._guard.misfit(saved, here)
         if misfit:  # all or nothing: half of another pattern would multiply wrongly
             error_msgs.append(f"{prefix or 'this layer'}: {misfit}")
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-
-    def _misfit(self, saved: dict[str, Tensor | None]) -> str | None:
-        """Why saved tensors don't belong in this layer, if they don't."""
-        sizes = saved["sizes"]
-        if sizes is not None and not sizes.is_meta and sizes.tolist() != list(self._product.sizes):
-            return (
-                f"the saved pattern has (in, out, block in, block out, transposed) = {sizes.tolist()}, this "
-                f"layer {list(self._product.sizes)}. Make the layer with the sizes and block of the saved "
-                "one."
-            )
-        for name, t in saved.items():
-            here = getattr(self, name)
-            if t is not None and t.shape != here.shape:
-                return (
-                    f"size mismatch for {name}: {list(t.shape)} was saved, and this layer has "
-                    f"{list(here.shape)}. Make the layer with the density of the saved one: its pattern may "
-                    "differ, but not how much it stores."
-                )
-        return None
+        self._guard.loaded(self._buffers, saved)
 
 
 class SparseLinear(BlockSparseLinear):
@@ -308,13 +327,13 @@ class SparseLinear(BlockSparseLinear):
     Args: as for `BlockSparseLinear`, without `block`.
     """
 
-    def __init__(self, in_features: int, out_features: int, density: float | None = None, **options):
+    def __init__(self, in_features: int, out_features: int, density: float | None = None, *, device=None, **options):
         if "block" in options:
             raise TypeError("SparseLinear stores single entries and takes no block; BlockSparseLinear does.")
         pattern = options.get("pattern")
         if pattern is not None and pattern.block != (1, 1):
             raise ValueError(f"the pattern has blocks of {pattern.block}, not single entries: use BlockSparseLinear.")
-        super().__init__(in_features, out_features, density, (1, 1), **options)
+        super().__init__(in_features, out_features, density, (1, 1), device=device, **options)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, density: float | None = None, *, block=(1, 1), **options) -> Self:
@@ -326,7 +345,7 @@ class SparseLinear(BlockSparseLinear):
 
 def _multiply(layer: BlockDiagLinear | BlockSparseLinear, x: Tensor, index, matrix: Diagonal | Sparse) -> Tensor:
     weight, bias, views = layer.weight, layer.bias, layer._views
-    if isinstance(x, torch.fx.Proxy) and products.WHY_NOT is None:
+    if isinstance(x, torch.fx.Proxy) or x.is_meta:  # a graph is made, or only the shape is asked for
         return matrix.operator("multiply", x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
