@@ -326,7 +326,7 @@ def random_pattern(rng):
 
 def test_the_record_gives_back_the_arrays_of_a_pattern():
     for seed, shape in enumerate([(1, 1), (50, 33), (300, 20), (7, 70_000)]):
-        pattern = BlockPattern.random(jax.random.key(seed), shape, density=0.3)
+        pattern = BlockPattern.random(jax.random.key(seed), shape, density=0.3 if seed else 0.0)
         arrays = [np.asarray(a) for a in pattern.index]
         assert fault(arrays, pattern.grid) is None
         for ours, theirs in zip(Record.of(arrays, pattern.grid).whole(pattern.grid) or [], arrays, strict=True):

@@ -94,9 +94,9 @@ def test_reset_parameters_forgets_what_was_loaded_without_a_pattern():
     assert model(X).shape == (3, 9)
 
 
-@pytest.mark.parametrize("density", [0.0, 1.0])
-def test_where_there_is_but_one_pattern_parameters_alone_are_enough(density):
-    source, model = SparseLinear(30, 7, density), SparseLinear(30, 7, density)
+@pytest.mark.parametrize("mask", [torch.zeros(7, 30), torch.ones(7, 30)], ids=["nothing", "everything"])
+def test_where_there_is_but_one_pattern_parameters_alone_are_enough(mask):
+    source, model = SparseLinear(30, 7, mask=mask), SparseLinear(30, 7, mask=mask)
     model.load_state_dict(parameters_of(source), strict=False)
     assert_same(model, source)
 

@@ -49,7 +49,7 @@ BRIDGE = {
     "_linear.py": {"_dense", "dlpack"},
     "_errors.py": set(),
     "_flops.py": set(),
-    "_index.py": {"_whole"},
+    "_index.py": {"_watch", "_whole"},
     "_process.py": {"_errors"},
     "_draw.py": set(),
     "_matrix.py": set(),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _disable_current_modes
 
 from torch_bridge._errors import BridgeError
 
@@ -56,6 +57,11 @@ def unseen_by_trace() -> Iterator[None]:
         yield
     finally:
         _set_tracer(state)
+
+
+def unseen() -> contextlib.AbstractContextManager:
+    """Turns dispatch modes off, for what is no part of a computation."""
+    return _disable_current_modes()
 
 
 def is_seen() -> bool:

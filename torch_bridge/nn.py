@@ -289,13 +289,12 @@ class BlockSparseLinear(nn.Module):
 
     def _stored(self, index: tuple[Tensor, ...]) -> Sparse:
         """The matrix of these buffers, which are the same from call to call."""
+        if torch.compiler.is_compiling():
+            return Sparse(index, *self._product.stored)
         kept = self._matrix
-        if kept is not None and kept.index is index:
-            return kept
-        made = Sparse(index, *self._product.stored)
-        if not torch.compiler.is_compiling():
-            self._matrix = made
-        return made
+        if kept is None or kept.index is not index:
+            kept = self._matrix = Sparse(index, *self._product.stored)
+        return kept
 
     def __getstate__(self) -> dict[str, Any]:
         self._guard.settle(self._buffers)  # a copy may be blurred by averages before its first call

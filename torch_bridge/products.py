@@ -192,8 +192,10 @@ def _calls(info, dims: Sequence[int | None], operands: Sequence[Tensor | None]) 
 
 
 def _raw(matrix: Matrix, name: str, *operands) -> Any:
-    """A product without derivatives: the kernel, or the operator where a mode or a subclass of Tensor looks on."""
-    if torch._C._len_torch_dispatch_stack() or type(operands[0]) not in _ORDINARY or type(operands[1]) not in _ORDINARY:
+    """A product without derivatives: the kernel, or the operator where a mode or a subclass of Tensor looks on, or
+    where there are shapes alone."""
+    x, w, *_ = operands
+    if torch._C._len_torch_dispatch_stack() or type(x) not in _ORDINARY or type(w) not in _ORDINARY or x.is_meta:
         return matrix.operator(name, *operands)
     try:
         return getattr(matrix, name)(*operands)
