@@ -91,6 +91,11 @@ def why_not(torch: Any = None) -> str | None:
     return why_not_opened()
 
 
+def isa() -> str:
+    """The instruction set in use: avx512, avx2 or portable."""
+    return opened().jaxsparse_cpu_isa().decode()
+
+
 class _Caller(ctypes.Structure):
     """Whose tensors and threads a call uses; direct.cc says what each field is."""
 

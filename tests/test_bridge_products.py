@@ -11,7 +11,7 @@ from torch import func
 from torch._dynamo.backends.common import aot_autograd
 
 from jaxsparse.formats import BlockPattern
-from torch_bridge import BlockDiagLinear, BlockSparseLinear, SparseLinear, products
+from torch_bridge import BlockDiagLinear, BlockSparseLinear, SparseLinear, _matrix, products
 from torch_bridge._matrix import WHY_NOT, Diagonal, Sparse
 
 pytestmark = pytest.mark.filterwarnings(  # torch's own
@@ -86,6 +86,21 @@ def test_derivatives_of_first_and_second_order_in_both_modes(make, transposed):
     matrix, _, x, w, bias, dy = problem(make, transposed)
     for f, operands in (
         (lambda *a: products.multiply(matrix, *a), (x, w, bias)),
+        (lambda *a: products.sample(matrix, *a), (x, dy)),
+    ):
+        assert torch.autograd.gradcheck(f, operands, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(f, operands)
+
+
+@each_view
+def test_large_diagonal_blocks_are_dense_products_of_torchs_own(monkeypatch, transposed):
+    monkeypatch.setattr(_matrix, "_dense_from", lambda: 1)
+    monkeypatch.setattr(_matrix, "_kernels", None)  # no kernel is called
+    matrix, dense, x, w, bias, dy = problem(MATRICES["block-diagonal"], transposed)
+    torch.testing.assert_close(products.multiply(matrix, x, w, bias), x @ dense(w) + bias)
+    for f, operands in (
+        (lambda *a: products.multiply(matrix, *a), (x, w, bias)),
+        (lambda *a: products.multiply(matrix, *a), (x, w)),
         (lambda *a: products.sample(matrix, *a), (x, dy)),
     ):
         assert torch.autograd.gradcheck(f, operands, check_forward_ad=True)

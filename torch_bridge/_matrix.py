@@ -13,8 +13,14 @@ from torch import Tensor
 from cpu_kernels import direct
 
 _WIDE = (torch.float32, torch.float64)
-DENSE_FROM = 256  # features of a block
+# Features of a block from which on torch's own product is faster, by the kernels' instruction set.
+_DENSE_FROM = {"avx512": 512, "avx2": 256, "portable": 64}
 WHY_NOT = direct.why_not(torch)  # the reason why CPU tensors can't be multiplied here without JAX, if there is one
+
+
+@functools.cache
+def _dense_from() -> int:
+    return _DENSE_FROM[direct.isa()]
 
 
 @functools.cache
@@ -129,7 +135,7 @@ class Diagonal:
 
     def _is_dense_work(self, x: Tensor) -> bool:
         """Blocks as large as dense layers: torch's own product is faster (docs/performance.md)."""
-        return x.dtype in _WIDE and min(self.sizes[1:]) >= DENSE_FROM
+        return x.dtype in _WIDE and min(self.sizes[1:]) >= _dense_from()
 
     def operator(self, name: str, *operands) -> Any:
         """The method of this name as one of torch's operators."""
