@@ -93,8 +93,11 @@ def test_derivatives_of_first_and_second_order_in_both_modes(make, transposed):
 
 
 @each_view
-def test_large_diagonal_blocks_are_dense_products_of_torchs_own(monkeypatch, transposed):
-    monkeypatch.setattr(_matrix, "_dense_from", lambda: 1)
+@pytest.mark.parametrize("in_place", [1, 1024])
+def test_large_diagonal_blocks_are_dense_products_of_torchs_own(monkeypatch, transposed, in_place):
+    everything = dict.fromkeys(("avx512", "avx2", "portable"), 1)
+    monkeypatch.setattr(_matrix, "_DENSE", {"forward": everything, "backward": everything})
+    monkeypatch.setattr(_matrix, "_IN_PLACE", in_place)
     monkeypatch.setattr(_matrix, "_kernels", None)  # no kernel is called
     matrix, dense, x, w, bias, dy = problem(MATRICES["block-diagonal"], transposed)
     torch.testing.assert_close(products.multiply(matrix, x, w, bias), x @ dense(w) + bias)

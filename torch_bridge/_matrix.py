@@ -13,14 +13,18 @@ from torch import Tensor
 from cpu_kernels import direct
 
 _WIDE = (torch.float32, torch.float64)
-# Features of a block from which on torch's own product is faster, by the kernels' instruction set.
-_DENSE_FROM = {"avx512": 512, "avx2": 256, "portable": 64}
+# Features of a block from which on torch's own product is faster, by the instruction set of the kernels.
+_DENSE = {
+    "forward": {"avx512": 256, "avx2": 64, "portable": 16},
+    "backward": {"avx512": 64, "avx2": 64, "portable": 16},
+}
+_IN_PLACE = 1024  # features of a block from which on its result is written where it belongs
 WHY_NOT = direct.why_not(torch)  # the reason why CPU tensors can't be multiplied here without JAX, if there is one
 
 
 @functools.cache
-def _dense_from() -> int:
-    return _DENSE_FROM[direct.isa()]
+def _isa() -> str:
+    return direct.isa()
 
 
 @functools.cache
@@ -103,39 +107,41 @@ class Diagonal:
         return self
 
     def multiply(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        n, i, o = self.sizes
-        y = like(x, n * (i if self.transposed else o))
-        if not self._is_dense_work(x):
-            _kernels().block_diag_matmul(plain(x), plain(w), bias, y, self.transposed)
-            return y
-        blocks = (w.mT if self.transposed else w).unbind()
-        parts = zip(self._slices(x), blocks, self._slices(y), strict=True)
-        if bias is None:
-            for x_n, w_n, y_n in parts:
-                torch.mm(x_n, w_n, out=y_n)
-        else:
-            for (x_n, w_n, y_n), b in zip(parts, bias.view(n, -1).unbind(), strict=True):
-                torch.addmm(b, x_n, w_n, out=y_n)
+        if self._is_dense_work(x, _DENSE["backward" if self.transposed else "forward"]):
+            return self._batched(x, w.mT if self.transposed else w, bias)
+        y = like(x, self.sizes[0] * self.sizes[1 if self.transposed else 2])
+        _kernels().block_diag_matmul(plain(x), plain(w), bias, y, self.transposed)
         return y
 
     def sample(self, x: Tensor, dy: Tensor) -> Tensor:
         x, dy = (dy, x) if self.transposed else (x, dy)
+        if self._is_dense_work(x, _DENSE["backward"]):
+            return torch.bmm(self._by_block(x).mT, self._by_block(dy))
         values = x.new_empty(self.sizes)
-        if not self._is_dense_work(x):
-            _kernels().block_diag_outer(plain(x), plain(dy), values)
-            return values
-        for x_n, dy_n, w_n in zip(self._slices(x), self._slices(dy), values.unbind(), strict=True):
-            torch.mm(x_n.mT, dy_n, out=w_n)
+        _kernels().block_diag_outer(plain(x), plain(dy), values)
         return values
 
-    def _slices(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The features of every block, [rows, features], where they lie."""
-        n = self.sizes[0]
-        return plain(x).view(-1, n, x.shape[-1] // n).unbind(1)
+    def _batched(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        """The same by one batched product of torch's, on float32 or float64."""
+        y = like(x, self.sizes[0] * w.shape[2])
+        # Small results are cheaper to copy into place than to write there.
+        out = self._by_block(y) if min(self.sizes[1:]) >= _IN_PLACE else None
+        if bias is None:
+            z = torch.bmm(self._by_block(x), w, out=out)
+        else:
+            z = torch.baddbmm(bias.view(self.sizes[0], 1, -1), self._by_block(x), w, out=out)
+        if out is None:
+            self._by_block(y).copy_(z)
+        return y
 
-    def _is_dense_work(self, x: Tensor) -> bool:
-        """Blocks as large as dense layers: torch's own product is faster (docs/performance.md)."""
-        return x.dtype in _WIDE and min(self.sizes[1:]) >= _dense_from()
+    def _by_block(self, x: Tensor) -> Tensor:
+        """The features of every block, [n, rows, features], where they lie."""
+        n = self.sizes[0]
+        return plain(x).view(-1, n, x.shape[-1] // n).transpose(0, 1)
+
+    def _is_dense_work(self, x: Tensor, least: dict[str, int]) -> bool:
+        """Blocks as large as dense layers: torch's own batched product is faster (docs/performance.md)."""
+        return x.dtype in _WIDE and min(self.sizes[1:]) >= least[_isa()]
 
     def operator(self, name: str, *operands) -> Any:
         """The method of this name as one of torch's operators."""
