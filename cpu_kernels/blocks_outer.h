@@ -49,6 +49,9 @@ struct Strips {
 // stay in the second-level cache while all rows of a block are made from them.
 constexpr int64_t kDeep = 512;
 
+// Rows of a register tile here: a tile must lie within one strip.
+constexpr int kStripRows = kVectorBytes == 32 ? 4 : 8;
+
 // Columns [at, at + panel) of the block at one stored entry; dy is the strip that holds them.
 template <class S, class P>
 void outer_block(const Outer& p, const Sum<S>* x, const Strips<Sum<S>>& xs, int64_t slice,
@@ -59,7 +62,7 @@ void outer_block(const Outer& p, const Sum<S>* x, const Strips<Sum<S>>& xs, int6
   for (int64_t b = 0; b == 0 || b < p.m; b += kDeep) {
     const int64_t deep = least(kDeep, p.m - b);
     const bool last = b + kDeep >= p.m;
-    for_rows<kRows>(0, p.depth, [&](int64_t i, auto rows) {
+    for_rows<kStripRows>(0, p.depth, [&](int64_t i, auto rows) {
       Vector<A, L> sum[rows.R][NV] = {};
       if (b)
         for (int r = 0; r < rows.R; ++r)

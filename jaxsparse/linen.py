@@ -163,7 +163,7 @@ def _sparse(layer: BlockSparseDense | SparseDense, x: jax.Array, block) -> jax.A
 
     if not layer.is_initializing() and not layer.has_variable("pattern", "pattern"):
         raise ValueError(
-            f"{type(layer).__name__} {layer.name or ''} found no pattern: pass the collection that init made "
+            f"{' '.join(filter(None, (type(layer).__name__, layer.name)))} found no pattern: pass the collection that init made "
             "beside the parameters, model.apply({'params': params, 'pattern': variables['pattern']}, x)."
         )
     pattern = layer.variable("pattern", "pattern", draw).value

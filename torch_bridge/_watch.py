@@ -77,7 +77,7 @@ def is_seen() -> bool:
 def refuse_script(module: Any) -> Any:
     """What torch.jit.script calls, as `__prepare_scriptable__`, before it compiles a module or one that holds it."""
     raise BridgeError(
-        f"torch.jit.script compiles Python, and the work of {type(module).__name__} is done in JAX. Use "
+        f"torch.jit.script compiles Python, and the work of {type(module).__name__} is done in C++ or in JAX. Use "
         "torch.jit.trace, torch.export.export or torch.compile, which keep that as one operator."
     )
 
