@@ -247,8 +247,8 @@ def test_equal_layers_share_their_compiled_code_where_they_go_through_jax():
     first, second = (SparseLinear(10, 7, 0.3, backend="xla") for _ in range(2))
     for layer in (first, second):
         layer(torch.ones(4, 10)).sum().backward()
-    (op,) = first._traced.ops.values()
-    assert first._traced is second._traced and op.traces == 1
+    (op,) = first._through_jax.function.ops.values()
+    assert first._through_jax is second._through_jax and op.traces == 1
 
 
 # ---- dtypes and errors ----------------------------------------------------------
