@@ -325,7 +325,7 @@ class SparseLinear(BlockSparseLinear):
         if "block" in options:
             raise TypeError("SparseLinear stores single entries and takes no block; BlockSparseLinear does.")
         pattern = options.get("pattern")
-        if pattern is not None and pattern.block != (1, 1):
+        if getattr(pattern, "block", (1, 1)) != (1, 1):
             raise ValueError(f"the pattern has blocks of {pattern.block}, not single entries: use BlockSparseLinear.")
         super().__init__(in_features, out_features, density, (1, 1), device=device, **options)
 
