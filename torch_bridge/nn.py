@@ -325,8 +325,9 @@ class SparseLinear(BlockSparseLinear):
         if "block" in options:
             raise TypeError("SparseLinear stores single entries and takes no block; BlockSparseLinear does.")
         pattern = options.get("pattern")
-        if getattr(pattern, "block", (1, 1)) != (1, 1):
-            raise ValueError(f"the pattern has blocks of {pattern.block}, not single entries: use BlockSparseLinear.")
+        blocks = getattr(pattern, "block", (1, 1))
+        if blocks != (1, 1):
+            raise ValueError(f"the pattern has blocks of {blocks}, not single entries: use BlockSparseLinear.")
         super().__init__(in_features, out_features, density, (1, 1), device=device, **options)
 
     @classmethod
