@@ -1,4 +1,4 @@
-"""What the Linen and the NNX layers share: initial values, their arguments, and how a pattern is serialized."""
+"""What the Linen and the NNX layers share: initial values, their patterns, and how a pattern is serialized."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse._arguments import check_fits, check_one, refuse_empty
 from jaxsparse.formats import BlockPattern
 from jaxsparse.formats import Index as _Index
 
@@ -43,22 +44,7 @@ def _kernels(key, init, n: int, fan_in: int, fan_out: int, dtype) -> jax.Array:
     return jax.vmap(lambda key: init(key, (fan_in, fan_out), dtype))(jax.random.split(key, n))
 
 
-# ---- arguments --------------------------------------------------------------------------------------
-
-
-def features_per_block(name: str, features: int, num_blocks: int) -> int:
-    """features / num_blocks, or a ValueError that does the arithmetic."""
-    if num_blocks < 1:
-        raise ValueError(f"num_blocks={num_blocks} must be at least 1.")
-    size, rest = divmod(features, num_blocks)
-    if rest or not size:
-        near = min((n for n in range(1, features + 1) if features % n == 0), key=lambda n: abs(n - num_blocks))
-        raise ValueError(
-            f"{name}={features} is not a whole number of features for each of {num_blocks} blocks: "
-            f"{features} = {size} x {num_blocks} + {rest}. "
-            f"Pad {name} to {num_blocks * (size + 1)}, or use num_blocks={near}."
-        )
-    return size
+# ---- patterns ---------------------------------------------------------------------------------------
 
 
 def make_pattern(
@@ -67,11 +53,7 @@ def make_pattern(
     """The pattern of an (in, out) matrix that exactly one of `density`, `pattern` and `mask` asks for."""
     name = check_one(density, pattern, mask)
     if name == "density":
-        if density == 0:
-            raise ValueError(
-                "density=0 leaves a layer without a weight. Give a density above 0, or where a layer is to be its bias "
-                f"alone, an empty pattern: BlockPattern.random(key, {shape}, density=0)."
-            )
+        refuse_empty(density, shape)
         return BlockPattern.random(make_key(), shape, density=density, block=block)
     pattern = pattern if name == "pattern" else BlockPattern.from_mask(mask, block)
     check_fits(pattern, shape, name)
@@ -85,30 +67,6 @@ def pattern_key(seed: int, place: int | jax.Array) -> jax.Array:
     saved alone come back to the places they were trained at. The generator is named: JAX's default may be another.
     """
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), place)
-
-
-def check_one(density, pattern, mask) -> str:
-    """The name of the one that is given, or a ValueError."""
-    given = [n for n, value in (("density", density), ("pattern", pattern), ("mask", mask)) if value is not None]
-    if len(given) != 1:
-        what = f"got {' and '.join(given)}" if given else "got none of them"
-        raise ValueError(f"give exactly one of density, pattern and mask: {what}.")
-    return given[0]
-
-
-def check_fits(pattern: BlockPattern, shape: tuple[int, int], name: str = "pattern") -> None:
-    """Raises ValueError unless the pattern is of an (in, out) matrix of this shape."""
-    if not isinstance(pattern, BlockPattern):
-        raise ValueError(
-            f"the {name} is a {type(pattern).__name__}, not a BlockPattern. Of what Orbax restored without a target, "
-            "jaxsparse.checkpoint.restore_patterns(variables) makes patterns again."
-        )
-    if pattern.shape != shape:
-        remedy = "Transpose it." if pattern.shape == shape[::-1] else f"Make one of shape {shape}."
-        raise ValueError(
-            f"the {name} is of a {pattern.shape} (in, out) matrix, but the layer maps {shape[0]} features "
-            f"to {shape[1]}. {remedy}"
-        )
 
 
 # ---- flax.serialization -------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxsparse._indices import as_pair
+from jaxsparse._sizes import as_pair
 
 # kind: (the option that it can't do without, its defaults)
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {

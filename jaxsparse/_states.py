@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxsparse import _indices
 from jaxsparse._indices import Index
+from jaxsparse._sizes import check_sizes, grid_of
 from jaxsparse.formats import BlockPattern
 
 _SIZES = ("shape", "block", "transposed")
@@ -35,9 +36,9 @@ def from_state(state: Mapping[str, Any]) -> BlockPattern:
         )
     arrays, sizes = _by_fields(state) if "col_ptr" in state else _by_leaf_names(state)
     shape, block, transposed = sizes
-    shape, block = _indices.check_sizes(shape, block)
+    shape, block = check_sizes(shape, block)
     index = Index(*(arrays[name] for name in Index._fields))
-    grid = _indices.grid_of(shape, block)
+    grid = grid_of(shape, block)
     _indices.check_index(index, (grid[1], grid[0]) if transposed else grid)
     # Copies, as jnp.asarray may share memory that somebody writes into.
     made = {

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _indices
+from jaxsparse._sizes import check_sizes, grid_of
 from jaxsparse.formats import BlockPattern
 
 Path = tuple[Any, ...]  # the keys that lead to a node, of the types that they have in its container
@@ -259,7 +260,7 @@ def _unstored(a: np.ndarray, dtype: str | None) -> np.ndarray:
 def _pattern(col_ptr: np.ndarray, row_index: np.ndarray, node: dict[str, Any]) -> BlockPattern:
     """The pattern, or the stack of them, of the two stored arrays, which are checked; the others are computed."""
     sizes = _sizes(node)
-    grid = _indices.grid_of(sizes["shape"], sizes["block"])
+    grid = grid_of(sizes["shape"], sizes["block"])
     index = _indices.from_pointers(col_ptr, row_index, (grid[1], grid[0]) if sizes["transposed"] else grid)
     if row_index.dtype == np.uint16:  # a narrow index stays one
         index = index._replace(row_index=jnp.array(row_index))
@@ -267,7 +268,7 @@ def _pattern(col_ptr: np.ndarray, row_index: np.ndarray, node: dict[str, Any]) -
 
 
 def _sizes(node: dict[str, Any]) -> dict[str, Any]:
-    shape, block = _indices.check_sizes(node["shape"], node["block"])
+    shape, block = check_sizes(node["shape"], node["block"])
     return {"shape": shape, "block": block, "transposed": node["transposed"]}
 
 

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsparse._indices import Index, grid_of, stored_columns
+from jaxsparse._indices import Index, stored_columns
+from jaxsparse._sizes import grid_of
 
 SLOTS_BELOW = 0.15  # density under which a CPU multiplies by slots
 CHUNKS_BELOW = 0.03  # density under which a CPU samples a product entry by entry

@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jaxsparse import _places, _select
 from jaxsparse._carry import Path, take, take_state
-from jaxsparse._indices import count_kept, count_stored
 from jaxsparse._places import NOWHERE
+from jaxsparse._sizes import count_kept, count_stored
 from jaxsparse.formats import BlockPattern
 
 CHUNK = 2**18  # entries of the dense gradient that exist at a time; one block column, where that is more

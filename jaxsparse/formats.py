@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse import _indices
-from jaxsparse._indices import Index, as_pair, check_sizes, count_stored, grid_of
+from jaxsparse._indices import Index
+from jaxsparse._sizes import as_pair, check_sizes, count_stored, grid_of
 
 if TYPE_CHECKING:
     import scipy.sparse

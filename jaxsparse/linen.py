@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 
-from jaxsparse import _flax, ops
+from jaxsparse import _arguments, _flax, ops
 from jaxsparse.formats import BlockPattern
 
 _kernel_init = nn.initializers.lecun_normal()
@@ -61,8 +61,8 @@ class BlockDiagDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        i = _flax.features_per_block("inputs", jnp.shape(x)[-1], self.num_blocks)
-        o = _flax.features_per_block("features", self.features, self.num_blocks)
+        i = _arguments.features_per_block("inputs", jnp.shape(x)[-1], self.num_blocks)
+        o = _arguments.features_per_block("features", self.features, self.num_blocks)
         shape = (self.num_blocks, i, o)
         kernel = self.param("kernel", _flax.block_diag_values, self.kernel_init, shape, self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, _bias(self), dtype=self.dtype)
@@ -167,7 +167,7 @@ def _sparse(layer: BlockSparseDense | SparseDense, x: jax.Array, block) -> jax.A
             "beside the parameters, model.apply({'params': params, 'pattern': variables['pattern']}, x)."
         )
     pattern = layer.variable("pattern", "pattern", draw).value
-    _flax.check_fits(pattern, shape)
+    _arguments.check_fits(pattern, shape)
     kernel = layer.param("kernel", _flax.sparse_values, layer.kernel_init, pattern, layer.param_dtype)
     x, kernel, bias = promote_dtype(x, kernel, _bias(layer), dtype=layer.dtype)
     return ops.spmm(

@@ -19,7 +19,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 
-from jaxsparse import _flax, ops
+from jaxsparse import _arguments, _flax, ops
 from jaxsparse.formats import BlockPattern
 
 _kernel_init = nnx.initializers.lecun_normal()
@@ -81,8 +81,8 @@ class BlockDiagLinear(nnx.Module):
         backend: str | None = None,
         rngs: nnx.Rngs,
     ):
-        i = _flax.features_per_block("in_features", in_features, num_blocks)
-        o = _flax.features_per_block("out_features", out_features, num_blocks)
+        i = _arguments.features_per_block("in_features", in_features, num_blocks)
+        o = _arguments.features_per_block("out_features", out_features, num_blocks)
         self.kernel = nnx.Param(_flax.block_diag_values(rngs.params(), kernel_init, (num_blocks, i, o), param_dtype))
         self.bias = _bias(bias_init, out_features, param_dtype, use_bias, rngs)
         self.in_features, self.out_features, self.num_blocks = in_features, out_features, num_blocks

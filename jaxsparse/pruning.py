@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from jaxsparse import _select
-from jaxsparse._indices import as_pair, count_kept, grid_of
+from jaxsparse._sizes import as_pair, count_kept, grid_of
 
 Schedule = Callable[[Any], Any]
 

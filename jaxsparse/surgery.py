@@ -15,9 +15,9 @@ from flax import linen, nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from jaxsparse import _flax
 from jaxsparse import linen as sparse_linen
 from jaxsparse import nnx as sparse_nnx
+from jaxsparse._arguments import features_per_block
 from jaxsparse._rules import Races, Report, Row, Rule, Rules, decide, first_match, parse, passed_over
 from jaxsparse.formats import BlockPattern
 
@@ -206,9 +206,7 @@ def _convert(kernel: Float[Array, "in out"], rule: Rule, rescale: bool) -> tuple
 
 
 def _diagonal_blocks(kernel: Float[Array, "in out"], num_blocks: int) -> Float[Array, "n i o"]:
-    i, o = (
-        _flax.features_per_block(name, size, num_blocks) for name, size in zip(("in", "out"), kernel.shape, strict=True)
-    )
+    i, o = (features_per_block(name, size, num_blocks) for name, size in zip(("in", "out"), kernel.shape, strict=True))
     n = jnp.arange(num_blocks)
     return kernel.reshape(num_blocks, i, num_blocks, o)[n, :, n]
 

@@ -15,7 +15,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from torch_bridge import BridgeError, jax2torch
-from torch_bridge.dlpack import Views
+from torch_bridge._views import Views
+from torch_bridge.dlpack import kept_operand
 from torch_bridge.function import TracedFunction
 
 
@@ -137,7 +138,7 @@ def test_a_change_of_the_output_in_place_is_harmless():
     torch.testing.assert_close(x.grad, 2 * (1 - torch.tanh(x.detach()) ** 2))
 
 
-@pytest.mark.parametrize("views", [Views(), Views([0])], ids=["no views", "kept views"])
+@pytest.mark.parametrize("views", [Views(), Views(["0"])], ids=["no views", "kept views"])
 def test_outputs_never_share_memory_with_inputs_constants_or_each_other(views):
     constant = jnp.ones(4)
     traced = TracedFunction(lambda x: (x, constant, x, x.reshape(2, 2)), "same")
@@ -201,7 +202,7 @@ UPDATES = [lambda p: p.mul_(1.5), moved, transposed_in_place, negated_lazily, re
 
 @pytest.mark.parametrize("update", UPDATES, ids=lambda u: u.__name__)
 def test_kept_views_follow_every_kind_of_update(update):
-    p, views = torch.nn.Parameter(torch.randn(4, 4)), Views([0])
+    p, views = torch.nn.Parameter(torch.randn(4, 4)), Views(["0"])
     traced = TracedFunction(lambda w: w * 1, "weight")
     for _ in range(3):
         assert torch.equal(traced((p,), {}, views), p)
@@ -214,9 +215,9 @@ def test_kept_views_follow_every_kind_of_update(update):
 
 
 def test_a_kept_view_is_the_parameters_own_memory_and_is_kept():
-    p, views = torch.nn.Parameter(torch.randn(4, 4)), Views([0])
-    first = views.operand(0, p)
-    assert views.operand(0, p) is first and first.unsafe_buffer_pointer() == p.data_ptr()
+    p, views = torch.nn.Parameter(torch.randn(4, 4)), Views(["0"])
+    first = kept_operand(views, "0", p)
+    assert kept_operand(views, "0", p) is first and first.unsafe_buffer_pointer() == p.data_ptr()
 
 
 # ---- autograd's other features ----------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 
 from jaxsparse import ops
 from jaxsparse.formats import BlockPattern
-from torch_bridge import BlockDiagLinear, BlockSparseLinear, SparseLinear, products, torch_to_jax
+from torch_bridge import BlockDiagLinear, BlockSparseLinear, SparseLinear, function, products, torch_to_jax
 
 LAYERS = {
     "block-diagonal": lambda **kw: BlockDiagLinear(24, 36, 3, **kw),
@@ -247,8 +247,22 @@ def test_equal_layers_share_their_compiled_code_where_they_go_through_jax():
     first, second = (SparseLinear(10, 7, 0.3, backend="xla") for _ in range(2))
     for layer in (first, second):
         layer(torch.ones(4, 10)).sum().backward()
-    (op,) = first._traced.ops.values()
-    assert first._traced is second._traced and op.traces == 1
+    (op,) = first._through_jax.function.ops.values()
+    assert first._through_jax is second._through_jax and op.traces == 1
+
+
+@each_layer
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["x", "a_first_name"])
+def test_parameters_and_patterns_are_kept_as_views_and_inputs_never(make, bias, name):
+    layer, x = make(bias=bias, backend="xla"), torch.ones(2, make().in_features)
+    traced = layer._through_jax.function
+    named = function.TracedFunction(lambda **kw: traced.fn(x=kw.pop(name), **kw), "renamed")
+    index = layer._index() if isinstance(layer, BlockSparseLinear) else None
+    named((), {"bias": layer.bias, "index": index, "weight": layer.weight, name: x}, layer._views)
+    kept = {place for place, view in layer._views.kept.items() if view is not None}
+    weights = {"weight", "bias"} if bias else {"weight"}
+    assert weights <= kept <= weights | {f"index[{k}]" for k in range(5)}
 
 
 # ---- dtypes and errors ----------------------------------------------------------

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jaxsparse.formats import BlockPattern
+if TYPE_CHECKING:
+    from jaxsparse.formats import BlockPattern
 
 
 def gather(w: Tensor, pattern: BlockPattern) -> Tensor:

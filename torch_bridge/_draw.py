@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,22 +11,22 @@ def random_index(grid: tuple[int, int], count: int) -> tuple[Tensor, ...]:
     """The five int32 arrays of a pattern of `count` entries, as `BlockPattern.random` draws them.
 
     Columns are equal to within one. A column of k entries draws one row from each of k strata, which are equal to
-    within one row; a random phase for each column moves the larger ones.
+    within one row; a random phase for each column moves the larger ones. NumPy computes all but the random numbers: of
+    torch's operators each would wait for all of its threads.
     """
     rows, cols = grid
     per, extra = divmod(count, cols)
-    per_column = torch.full((cols,), per)
+    per_column = np.full(cols, per)
     per_column[:extra] += 1
     col_ptr = _pointers(per_column)
-    k = per_column.repeat_interleave(per_column)
-    column = torch.arange(cols).repeat_interleave(per_column)
-    slot = torch.arange(count) - col_ptr[column]
-    phase = _below(per_column.clamp(min=1))[column]
+    k, column = (np.repeat(a, per_column) for a in (per_column, np.arange(cols)))
+    slot = np.arange(count) - col_ptr[column]
+    phase = _below(np.maximum(per_column, 1))[column]
     low, high = ((s * rows + phase) // k for s in (slot, slot + 1))
     row = low + _below(high - low)
-    order = row.to(torch.int32).sort(stable=True).indices
-    index = col_ptr, row, _pointers(torch.bincount(row, minlength=rows)), column[order], order
-    return tuple([a.to(torch.int32) for a in index])
+    order = np.argsort(row.astype(np.min_scalar_type(rows)), kind="stable")  # of 16 bits it is linear
+    index = col_ptr, row, _pointers(np.bincount(row, minlength=rows)), column[order], order
+    return tuple([torch.from_numpy(a.astype(np.int32)) for a in index])
 
 
 def inside(index: tuple[Tensor, ...], shape: tuple[int, int], block: tuple[int, int]) -> Tensor | None:
@@ -42,10 +43,11 @@ def inside(index: tuple[Tensor, ...], shape: tuple[int, int], block: tuple[int, 
     return in_rows[:, :, None] & in_cols[:, None, :]
 
 
-def _pointers(counts: Tensor) -> Tensor:
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+def _pointers(counts: np.ndarray) -> np.ndarray:
+    return np.append(0, np.cumsum(counts))
 
 
-def _below(bounds: Tensor) -> Tensor:
+def _below(bounds: np.ndarray) -> np.ndarray:
     """Random integers from 0 up to each bound, which is left out."""
-    return (torch.rand(bounds.shape, dtype=torch.float64) * bounds).long()
+    drawn = torch.rand(bounds.shape, dtype=torch.float64, device="cpu")  # whatever the default device is
+    return (drawn.numpy() * bounds).astype(np.int64)

@@ -13,7 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from torch_bridge._dense import lost_scale
-from torch_bridge.dlpack import is_plain
+from torch_bridge._watch import is_plain
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

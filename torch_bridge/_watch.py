@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
 from torch_bridge._errors import BridgeError
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _probe(name: str, otherwise: int) -> Callable[..., Any]:
@@ -28,6 +31,11 @@ _function_modes = _probe("_len_torch_function_stack", 1)
 # Modes that stand before autograd have a stack of their own.
 _EARLY = getattr(torch._C.DispatchKey, "PreDispatch", None)
 _key_is_on = _probe("_dispatch_tls_is_dispatch_key_included", 0) if _EARLY is not None else (lambda _: 0)
+
+
+def is_plain(t: Tensor) -> bool:
+    """Whether a tensor is what its memory says. A DTensor, a fake or a quantized one says itself what it is."""
+    return type(t) in _PLAIN or not _dispatches_itself(type(t))
 
 
 def transforms_active() -> bool:
@@ -89,6 +97,10 @@ def refuse_symbols(x: Any) -> None:
             "torch.fx.symbolic_trace can't look into JAX. Use torch.export.export or torch.compile, or a "
             "torch.fx.Tracer whose is_leaf_module says that this module stays whole."
         )
+
+
+def _dispatches_itself(kind: Any) -> bool:
+    return kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
 
 
 def _looks_at_functions() -> bool:

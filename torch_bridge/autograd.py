@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from torch_bridge import _watch
-from torch_bridge.dlpack import Views, operand, receive
+from torch_bridge._views import NO_VIEWS, Views
+from torch_bridge.dlpack import operand, receive
 from torch_bridge.flat_op import FlatOp, Mask
-from torch_bridge.operator import NO_VIEWS, call, call_in_graph, evaluate, is_inexact, operands
+from torch_bridge.operator import call, call_in_graph, evaluate, is_inexact, operands
 
 _engine = getattr(torch._C, "_autograd", None)
 

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import uuid
-import weakref
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import torch
 from torch import Tensor
 
 from torch_bridge._errors import BridgeError
+from torch_bridge._handles import FUNCTIONS
 
 _STRUCTURES: dict[str, Any] = {}
-_FUNCTIONS: weakref.WeakValueDictionary[str, InGraph] = weakref.WeakValueDictionary()
-
-
-class InGraph(Protocol):
-    """What `in_graph` can call."""
-
-    def in_graph(self, args: tuple, kwargs: dict) -> Any: ...
-
-
-def new_handle(function: InGraph, name: str) -> str:
-    """A name by which a graph can call `function`, for as long as that lives.
-
-    No two processes share one: torch caches graphs on disk, and would take one function for another.
-    """
-    handle = f"{name}#{uuid.uuid4().hex}"
-    _FUNCTIONS[handle] = function
-    return handle
 
 
 def in_graph(handle: str, args: tuple, kwargs: dict) -> Any:
@@ -40,7 +22,7 @@ def in_graph(handle: str, args: tuple, kwargs: dict) -> Any:
 
 @torch.compiler.allow_in_graph
 def _flat_in_graph(handle: str, args: tuple, kwargs: dict) -> tuple[Tensor, ...]:
-    outputs, tree = jax.tree.flatten(_FUNCTIONS[handle].in_graph(_plain(args), _plain(kwargs)))
+    outputs, tree = jax.tree.flatten(FUNCTIONS[handle].in_graph(_plain(args), _plain(kwargs)))
     _STRUCTURES[handle] = _spell(jax.tree.unflatten(tree, range(len(outputs))))
     return tuple(outputs)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -14,6 +13,8 @@ from torch import Tensor
 
 from torch_bridge._errors import BridgeError
 from torch_bridge._process import note_use, warn_of_preallocation
+from torch_bridge._views import Views
+from torch_bridge._watch import is_plain
 
 _NARROW = {torch.int64: torch.int32, torch.uint64: torch.uint32}
 _LOSSY = {torch.float64: "float()", torch.complex128: "to(torch.complex64)"}
@@ -21,7 +22,6 @@ _SIZED = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64
 _IN_NUMPY = frozenset(
     getattr(torch, name) for name in ["float16", "float32", "float64", "complex64", "complex128", "bool", *_SIZED]
 )
-_PLAIN = (Tensor, torch.nn.Parameter)
 _ALIGNMENT = 64  # bytes: what JAX wants before it reads a CPU buffer in place
 
 
@@ -117,40 +117,17 @@ def receive(a: jax.Array) -> Tensor:
         raise BridgeError(_why_not_torch(a, error)) from error
 
 
-def is_plain(t: Tensor) -> bool:
-    """Whether a tensor is what its memory says. A DTensor, a fake or a quantized one says itself what it is."""
-    return type(t) in _PLAIN or not _dispatches_itself(type(t))
-
-
-class Views:
-    """JAX arrays in the memory of some operands of a call, kept from one call to the next.
-
-    For parameters: an optimizer writes into the memory that the view reads, so the view stays right, and it
-    is given up as soon as the tensor is found elsewhere or of another kind. Copies and pickles start empty.
-    On a GPU a kept view brings no order between the streams of torch and JAX; some operand of each call must be
-    exchanged anew, as inputs, seeds and cotangents are.
-
-    Args:
-      places: numbers of the operands that stay where they are from call to call.
-    """
-
-    def __init__(self, places: Iterable[int] = ()):
-        self._kept: dict[int, tuple[tuple, jax.Array] | None] = dict.fromkeys(places)
-
-    def __reduce__(self):
-        return Views, (tuple(self._kept),)
-
-    def operand(self, i: int, t: Tensor) -> Any:
-        """Operand i of a call, by its kept view if it has one."""
-        if i not in self._kept or not t.is_leaf:
-            return operand(t)
-        kept = self._kept[i]
-        if kept is not None and kept[0] == _place(t):
-            return kept[1]
-        r = ready(t)
-        view = share(r)
-        self._kept[i] = (_place(t), view) if _place(r) == _place(t) else None  # a copy is not worth keeping
-        return view
+def kept_operand(views: Views, place: str | None, t: Tensor) -> Any:
+    """The operand at this place of a call, by its kept view if it has one."""
+    if place not in views.kept or not t.is_leaf:
+        return operand(t)
+    kept = views.kept[place]
+    if kept is not None and kept[0] == _place(t):
+        return kept[1]
+    r = ready(t)
+    view = share(r)
+    views.kept[place] = (_place(t), view) if _place(r) == _place(t) else None  # a copy is not worth keeping
+    return view
 
 
 def _place(t: Tensor) -> tuple:
@@ -187,10 +164,6 @@ def _check_kind(t: Tensor) -> None:
             f"yourself with .{_LOSSY[t.dtype]}, or call jax.config.update('jax_enable_x64', True) at "
             "start-up."
         )
-
-
-def _dispatches_itself(kind: Any) -> bool:
-    return kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
 
 
 def _why_not_torch(a: jax.Array, error: Exception) -> str:

@@ -20,13 +20,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 
+import jax
 import jax.numpy as jnp
 import torch
 from torch import Tensor, nn
 
 from jaxsparse import dynamic
 from torch_bridge.dlpack import jax_to_torch, torch_to_jax
-from torch_bridge.nn import BlockSparseLinear, _draw_key
+from torch_bridge.nn import BlockSparseLinear
 
 
 def rigl(
@@ -96,6 +97,10 @@ def _move(layer, optimizer, averages, drop_fraction: float, choose: Callable[...
             t.copy_(_take(t, source))
     for one in layers:
         one._guard.fill(one._buffers, new.index)
+
+
+def _draw_key() -> jax.Array:
+    return jax.random.key(int(torch.randint(2**31 - 1, (), device="cpu").item()))
 
 
 def _weight_and_gradient(one: BlockSparseLinear, layer: BlockSparseLinear) -> list[Tensor]:

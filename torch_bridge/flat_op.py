@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -58,14 +58,15 @@ class FlatOp:
       fn: the function itself.
       name: for messages.
       describe: operand number -> its name, for messages.
+      places: what `Views` calls the first operands; those of derivations that come after them are never kept.
       infer: `fn`, jitted. Always call it jitted: an output is then never an input or a constant.
       work: the program, for such operands, of what counts as its work.
       traces: how often the forward function with residuals was traced.
       shapes: those of the operands that something was compiled for.
     """
 
-    def __init__(self, fn: Callable[..., Out], name: str, describe: Callable[[int], str]):
-        self.fn, self.name, self.describe = fn, name, describe
+    def __init__(self, fn: Callable[..., Out], name: str, describe: Callable[[int], str], places: Sequence[str] = ()):
+        self.fn, self.name, self.describe, self.places = fn, name, describe, places
         self.work: Callable[..., jax.extend.core.ClosedJaxpr] = jax.make_jaxpr(fn)
         self.infer = jax.jit(self._infer)
         self.traces = 0
@@ -124,7 +125,9 @@ class FlatOp:
         if (kind, key) not in self._derived:
             own = range(len(key))
             name = f"{kind} of {self.name}"
-            self._derived[kind, key] = FlatOp(fn, name, lambda i: self.describe(i) if i in own else describe(i))
+            self._derived[kind, key] = FlatOp(
+                fn, name, lambda i: self.describe(i) if i in own else describe(i), self.places
+            )
         return self._derived[kind, key]
 
     def _of_active(self, mask: Mask, xs):

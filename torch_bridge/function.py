@@ -16,11 +16,13 @@ from torch import Tensor
 
 from torch_bridge import _watch
 from torch_bridge._errors import BridgeError
+from torch_bridge._handles import new_handle
+from torch_bridge._views import NO_VIEWS, Views
 from torch_bridge.autograd import run
-from torch_bridge.compile import in_graph, new_handle
-from torch_bridge.dlpack import Views, receive
+from torch_bridge.compile import in_graph
+from torch_bridge.dlpack import receive
 from torch_bridge.flat_op import FlatOp, Out
-from torch_bridge.operator import NO_VIEWS, call_in_graph
+from torch_bridge.operator import call_in_graph
 
 _MANY = 16  # compilations of a kind, before a warning
 
@@ -141,17 +143,23 @@ class TracedFunction:
             leaves, out_tree = jax.tree.flatten(out)
             return Out(tuple(jnp.asarray(leaf) for leaf in leaves), out_tree)
 
-        return FlatOp(flat, self.name, lambda i: self._describe(key, i))
+        return FlatOp(flat, self.name, lambda i: self._describe(key, i), [_place(path) for path in _paths(key)])
 
     def _describe(self, key: Any, i: int) -> str:
-        if i < len(self.leading):
-            return self.leading[i]
-        tree, constants = key
-        paths, _ = jax.tree.flatten_with_path(jax.tree.unflatten(tree, range(tree.num_leaves)))
-        traced = [path for (path, _), c in zip(paths, constants, strict=True) if c is None]
-        (side, first, *rest) = traced[i]
-        name = first.key if side.idx else first.idx - self.skip
-        return f"argument {name}{jax.tree_util.keystr(tuple(rest))}"
+        return self.leading[i] if i < len(self.leading) else f"argument {_place(_paths(key)[i], self.skip)}"
+
+
+def _paths(key: Any) -> list[Any]:
+    """Where in (args, kwargs) each of the tensors is."""
+    tree, constants = key
+    paths, _ = jax.tree.flatten_with_path(jax.tree.unflatten(tree, range(tree.num_leaves)))
+    return [path for (path, _), c in zip(paths, constants, strict=True) if c is None]
+
+
+def _place(path: Any, skip: int = 0) -> str:
+    """The argument, by name or number, and the place in it: `x`, `0[2]`."""
+    (side, first, *rest) = path
+    return f"{first.key if side.idx else first.idx - skip}{jax.tree_util.keystr(tuple(rest))}"
 
 
 class _Constant:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from torch_bridge import _watch, abstract, compile
+from torch_bridge._handles import new_handle
 from torch_bridge._linen import LinenCall
 from torch_bridge._nnx import NNXCall
+from torch_bridge._views import Views
 from torch_bridge.autograd import run
-from torch_bridge.dlpack import Views
 from torch_bridge.flat_op import FlatOp
 from torch_bridge.function import TracedFunction
 from torch_bridge.operator import call_in_graph
@@ -34,7 +35,7 @@ class ModelFunction:
     def __init__(self, flax: LinenCall | NNXCall, cast_inputs: torch.dtype | None):
         self.flax, self.cast_inputs = flax, cast_inputs
         self.traced = TracedFunction(flax, flax.name, leading=flax.names, skip=3)
-        self.handle = compile.new_handle(self, flax.name)
+        self.handle = new_handle(self, flax.name)
         self._plans: dict[Any, _Plan] = {}
 
     def __reduce__(self):  # compiled code is no part of a pickle

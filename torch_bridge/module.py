@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch_bridge._errors import BridgeError
 from torch_bridge._linen import LinenCall
 from torch_bridge._nnx import NNXCall
+from torch_bridge._views import Views
 from torch_bridge._watch import refuse_script
-from torch_bridge.dlpack import Views, jax_to_torch, torch_to_jax
+from torch_bridge.dlpack import jax_to_torch, torch_to_jax
 from torch_bridge.model import ModelFunction
 
 
@@ -80,7 +81,7 @@ class FlaxModule(nn.Module):
         for (name, leaf), is_param in zip(leaves, call.is_param, strict=True):
             self._adopt(name, leaf, is_param)
         self._model = ModelFunction(call, cast_inputs)
-        self._views = Views(i for i, is_param in enumerate(call.is_param) if is_param)
+        self._views = Views(f"0[{i}]" for i, is_param in enumerate(call.is_param) if is_param)
 
     def forward(self, *args, **kwargs):
         return self._model(self._tensors(), self._views, self.training, args, kwargs)

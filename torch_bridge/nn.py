@@ -1,24 +1,24 @@
-"""Sparse linear layers for PyTorch: parameters and buffers in torch, products in JAX."""
+"""Sparse linear layers for PyTorch. Their products on CPU tensors need no JAX; all others are computed in it."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import jax
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jaxsparse import _flax
-from jaxsparse.formats import BlockPattern
-from torch_bridge import _compressed, _dense, _index, _linear, products
+from jaxsparse._arguments import features_per_block
+from torch_bridge import _dense, _draw, _index, _linear, _stored, products
 from torch_bridge._matrix import Diagonal, Sparse
-from torch_bridge._product import Product, edge_mask, traced
+from torch_bridge._product import KEPT, Product, through_jax
+from torch_bridge._views import NO_VIEWS, Views
 from torch_bridge._watch import refuse_script
-from torch_bridge.dlpack import Views, jax_to_torch, torch_to_jax
 
-_LEADING = len(_index.NAMES) + 2  # operands that stay where they are: bias, the pattern's arrays, weight
+if TYPE_CHECKING:
+    import jax
+
+    from jaxsparse.formats import BlockPattern
 
 
 class BlockDiagLinear(nn.Module):
@@ -63,13 +63,13 @@ class BlockDiagLinear(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
-        i = _flax.features_per_block("in_features", in_features, num_blocks)
-        o = _flax.features_per_block("out_features", out_features, num_blocks)
+        i = features_per_block("in_features", in_features, num_blocks)
+        o = features_per_block("out_features", out_features, num_blocks)
         self.in_features, self.out_features, self.num_blocks = in_features, out_features, num_blocks
         self._matrix = Diagonal((num_blocks, i, o))
         self._product = Product(self._matrix.sizes, precision=precision, backend=backend)
-        self._traced = traced(self._product)
-        self._views = Views(range(2 if bias else 1))
+        self._through_jax = through_jax(self._product)
+        self._views = Views(KEPT)
         _make_parameters(self, (num_blocks, i, o), out_features if bias else None, device, dtype)
         self.reset_parameters()
 
@@ -158,22 +158,17 @@ class BlockSparseLinear(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
-        shape = (in_features, out_features)
-        if mask is not None:
-            mask = _as_jax_mask(mask, shape)
-        pattern = _flax.make_pattern(_draw_key, shape, density, block, pattern, mask)
-        self.in_features, self.out_features = shape
-        sizes = (pattern.values_shape, pattern.shape, pattern.block, pattern.transposed)
-        self._product = Product(*sizes, precision, backend)
-        self._traced = traced(self._product)
-        self._views = Views(range(_LEADING if bias else _LEADING - 1))
-        _make_parameters(self, pattern.values_shape, out_features if bias else None, device, dtype)
-        for name in _index.NAMES:
-            self.register_buffer(name, jax_to_torch(getattr(pattern, name)).to(self.weight.device))
+        stored = _stored.asked_for((in_features, out_features), density, block, pattern, mask)
+        self.in_features, self.out_features = stored.shape
+        self._product = Product(stored.values_shape, stored.shape, stored.block, stored.transposed, precision, backend)
+        self._through_jax = through_jax(self._product)
+        self._views = Views(KEPT)
+        _make_parameters(self, stored.values_shape, out_features if bias else None, device, dtype)
+        for name, t in zip(_index.NAMES, stored.index, strict=True):
+            self.register_buffer(name, t.to(self.weight.device))
         self.register_buffer("sizes", torch.tensor(self._product.sizes, dtype=torch.int32).to(self.weight.device))
-        stored = pattern.T if pattern.transposed else pattern
         lost = density is not None and self.weight.is_meta  # reset_parameters draws another
-        known = None if lost else _index.Record.of([np.asarray(a) for a in pattern.index[:2]], stored.grid)
+        known = None if lost else _index.Record.of([t.numpy() for t in stored.index[:2]], stored.grid)
         self._guard = _index.Guard(self._product.sizes, stored.grid, known)
         self._matrix: Sparse | None = None
         self.reset_parameters()
@@ -181,7 +176,9 @@ class BlockSparseLinear(nn.Module):
     @property
     def pattern(self) -> BlockPattern:
         """A copy of the pattern, as the functions of jaxsparse take it."""
-        return self._product.pattern(torch_to_jax(self._index()))
+        from torch_bridge import _in_jax
+
+        return _in_jax.copied_pattern(self._product, self._index())
 
     @property
     def density(self) -> float:
@@ -196,15 +193,13 @@ class BlockSparseLinear(nn.Module):
         if the layer was made with a `pattern` or a `mask`, put back.
         """
         if not self.order.is_meta and not self._guard.put_back(self._buffers):
-            drawn = BlockPattern.random(
-                _draw_key(), self._product.shape, density=self.density, block=self._product.block
-            )
-            self._guard.fill(self._buffers, drawn.index)
+            self._guard.fill(self._buffers, _draw.random_index(self._guard.grid, self.weight.shape[0]))
         _draw_parameters(self, max(1, round(self.density * self.in_features)))
-        inside = None if self.weight.is_meta else edge_mask(self.pattern)
+        (rows, cols, *block), _ = self._product.stored
+        inside = None if self.weight.is_meta else _draw.inside(self._index(), (rows, cols), (block[0], block[1]))
         if inside is not None:  # what lies beyond the matrix is zero, and stays so: it gets no gradient
             with torch.no_grad():
-                self.weight.mul_(jax_to_torch(inside).to(self.weight.device))
+                self.weight.mul_(inside.to(self.weight.device))
 
     @classmethod
     def from_linear(
@@ -235,11 +230,7 @@ class BlockSparseLinear(nn.Module):
             raise ValueError(
                 "the weight is on the meta device and has no values to choose from: use to_empty and load."
             )
-        given = _flax.check_one(density, pattern, mask)
-        if given == "density":
-            pattern = BlockPattern.from_dense(_dense.to_numpy(w), density=density, block=block)  # pyright: ignore[reportArgumentType]
-        elif given == "mask":
-            pattern = BlockPattern.from_mask(_as_jax_mask(mask, dense.shape), block)
+        pattern = _stored.chosen(w, density, block, pattern, mask)
         layer = cls(*dense.shape, pattern=pattern, **dense.options, **options)
         return _linear.fill(layer, dense, _dense.gather(w, layer.pattern), rescale)
 
@@ -257,6 +248,8 @@ class BlockSparseLinear(nn.Module):
         Raises:
           ValueError: for another layout, and for a BSR tensor where the layer stores single entries.
         """
+        from torch_bridge import _compressed
+
         pattern, values = _compressed.split(weight)
         like = {"bias": bias is not None, "device": values.device, "dtype": values.dtype}
         layer = cls(*pattern.shape, pattern=pattern, **like, **options)
@@ -272,6 +265,8 @@ class BlockSparseLinear(nn.Module):
         Raises:
           ValueError: if the blocks do not divide the matrix.
         """
+        from torch_bridge import _compressed
+
         return _compressed.join(self.pattern, _linear.read_sparse(self).weight.value.clone())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -330,8 +325,9 @@ class SparseLinear(BlockSparseLinear):
         if "block" in options:
             raise TypeError("SparseLinear stores single entries and takes no block; BlockSparseLinear does.")
         pattern = options.get("pattern")
-        if pattern is not None and pattern.block != (1, 1):
-            raise ValueError(f"the pattern has blocks of {pattern.block}, not single entries: use BlockSparseLinear.")
+        blocks = getattr(pattern, "block", (1, 1))
+        if blocks != (1, 1):
+            raise ValueError(f"the pattern has blocks of {blocks}, not single entries: use BlockSparseLinear.")
         super().__init__(in_features, out_features, density, (1, 1), device=device, **options)
 
     @classmethod
@@ -349,7 +345,7 @@ def _multiply(layer: BlockDiagLinear | BlockSparseLinear, x: Tensor, index, matr
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = (_autocast(t, dtype) for t in (x, weight, bias))
-        views = Views()  # the casts are new tensors every time
+        views = NO_VIEWS  # the casts are new tensors every time
     if x.dtype != weight.dtype:
         raise ValueError(
             f"the input is {x.dtype}, but the weight {weight.dtype}, and nothing is cast silently. Use "
@@ -357,7 +353,7 @@ def _multiply(layer: BlockDiagLinear | BlockSparseLinear, x: Tensor, index, matr
         )
     if products.is_direct(x, weight, layer._product.backend):
         return products.multiply(matrix, x, weight, bias)
-    return layer._traced((), {"bias": bias, "index": index, "weight": weight, "x": x}, views)
+    return layer._through_jax({"bias": bias, "index": index, "weight": weight, "x": x}, views)
 
 
 def _autocast(t: Tensor | None, dtype: torch.dtype) -> Any:
@@ -374,18 +370,3 @@ def _draw_parameters(layer: nn.Module, fan_in: int) -> None:
     bound = 1 / math.sqrt(fan_in)
     for p in layer.parameters(recurse=False):
         nn.init.uniform_(p, -bound, bound)
-
-
-def _draw_key() -> jax.Array:
-    return jax.random.key(int(torch.randint(2**31 - 1, (), device="cpu").item()))
-
-
-def _as_jax_mask(mask: Any, shape: tuple[int, int]) -> Any:
-    """A torch-like (out, in) mask as an (in, out) array."""
-    mask = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else mask
-    if getattr(mask, "shape", None) != shape[::-1]:
-        raise ValueError(
-            f"the mask has shape {getattr(mask, 'shape', None)}, but must be (out_features, in_features) = "
-            f"{shape[::-1]}, as the weight of torch.nn.Linear is. Transpose it, or make one of that shape."
-        )
-    return mask.T

@@ -14,10 +14,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from torch_bridge import _flops, _watch, abstract
 from torch_bridge._errors import BridgeError
-from torch_bridge.dlpack import Views, receive
+from torch_bridge._views import NO_VIEWS, Views
+from torch_bridge.dlpack import kept_operand, receive
 from torch_bridge.flat_op import FlatOp
 
-NO_VIEWS = Views()
 _NAME = "torch_bridge::call"
 # A graph holds its functions by name. Compiled code is kept for the length of the process, and so are these.
 _OPS: dict[str, FlatOp] = {}
@@ -59,7 +59,7 @@ def operands(op: FlatOp, tensors: Sequence[Tensor], views: Views, places: Sequen
     arrays = []
     for i, t in zip(places or range(len(tensors)), tensors, strict=True):
         try:
-            arrays.append(views.operand(i, t))
+            arrays.append(kept_operand(views, op.places[i] if i < len(op.places) else None, t))
         except BridgeError as error:
             raise BridgeError(f"{op.name}: {op.describe(i)}: {error}") from error
     return arrays
