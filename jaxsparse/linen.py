@@ -162,8 +162,9 @@ def _sparse(layer: BlockSparseDense | SparseDense, x: jax.Array, block) -> jax.A
         return _flax.make_pattern(key, shape, layer.density, block, layer.pattern, layer.mask)
 
     if not layer.is_initializing() and not layer.has_variable("pattern", "pattern"):
+        name = f" {layer.name}" if layer.name else ""
         raise ValueError(
-            f"{' '.join(filter(None, (type(layer).__name__, layer.name)))} found no pattern: pass the collection that init made "
+            f"{type(layer).__name__}{name} found no pattern: pass the collection that init made "
             "beside the parameters, model.apply({'params': params, 'pattern': variables['pattern']}, x)."
         )
     pattern = layer.variable("pattern", "pattern", draw).value
