@@ -83,6 +83,8 @@ def _to_state_dict(pattern: BlockPattern) -> dict:
 
 
 def _from_state_dict(target: BlockPattern, state: dict) -> BlockPattern:
+    if all(state.get(name) is getattr(target, name) for name in _Index._fields):
+        return target  # so does Flax rebuild the attributes of a module, traced ones too
     pattern = BlockPattern.from_state(state)
     found, wanted = _sizes(pattern), _sizes(target)
     for name, size in wanted.items():
