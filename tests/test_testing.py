@@ -1,10 +1,11 @@
 """The comparison helper passes what is right and can fail: on a zeroed, a swapped and a transposed block."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsparse import testing
+from jaxsparse import reference, testing
 from jaxsparse.formats import BlockPattern
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
@@ -23,11 +24,18 @@ def spoil(blocks, how):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_dense_product_passes_against_the_oracle(dtype):
-    given = testing.inputs(CASE, PATTERN, dtype)
-    truth, dense = testing.true_products(*given, PATTERN), testing.dense_products(*given, PATTERN)
-    for name, true in truth.items():
-        testing.assert_as_close_as_dense(dense[name], true, dense[name], name)
+@pytest.mark.parametrize("stored", ["by rows", "by columns"])
+@pytest.mark.parametrize("case", [CASE, testing.CASES[3]], ids=lambda c: c.name)
+def test_jaxs_dense_product_passes_however_the_weight_is_stored(case, stored, dtype):
+    x, blocks, bias, dy = testing.inputs(case, case.pattern, dtype)
+    w = jnp.asarray(reference.densify(blocks, case.pattern).astype(dtype))
+    if stored == "by rows":
+        products = jax.jit(lambda x, w, dy: {"y": x @ w + bias, "dx": dy @ w.T})(x, w, dy)
+    else:
+        products = jax.jit(lambda x, wt, dy: {"y": x @ wt.T + bias, "dx": dy @ wt})(x, w.T, dy)
+    truth, dense = (f(x, blocks, bias, dy, case.pattern) for f in (testing.true_products, testing.dense_products))
+    for name, value in products.items():
+        testing.assert_as_close_as_dense(value, truth[name], dense[name], name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
