@@ -5,8 +5,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse._indices import lines_of
+from jaxsparse._indices import by_column, lines_of
+from jaxsparse._sizes import grid_of
 from jaxsparse.formats import BlockPattern
+
+_IN_SCIPY = ("float32", "float64", "bool", *(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64)))
 
 
 def from_scipy(m):
@@ -16,18 +19,20 @@ def from_scipy(m):
         raise ValueError(f"from_scipy wants a two-dimensional SciPy sparse matrix, got {type(m).__name__}.")
     if m.format not in ("csr", "csc", "bsr"):
         m = m.tocoo()
-        return _from_coordinates(m.row, m.col, m.data, m.shape, (1, 1))
+        return from_coordinates(m.row, m.col, m.data, m.shape, (1, 1))
     by_column, block = m.format == "csc", m.blocksize if m.format == "bsr" else (1, 1)
     lines = m.shape[by_column] // block[by_column]
     line = lines_of(m.indptr, lines, m.indices, m.data, f"the {m.format.upper()} matrix's indptr")
     row, col = (m.indices, line) if by_column else (line, m.indices)
-    return _from_coordinates(row, col, m.data, m.shape, block)
+    return from_coordinates(row, col, m.data, m.shape, block)
 
 
 def to_scipy(pattern: BlockPattern, blocks):
     import scipy.sparse
 
     pattern.check_values(blocks)
+    if blocks.dtype.name not in _IN_SCIPY:
+        raise ValueError(f"SciPy has no matrices of {blocks.dtype}: cast the values, as by blocks.astype('float32').")
     (rows, cols), (i, o) = pattern.shape, pattern.block
     if (i, o) == (1, 1) or rows % i or cols % o:
         row, col, data = _entries(pattern, blocks)
@@ -43,7 +48,7 @@ def from_bcoo(m):
     indices, data = np.asarray(m.indices), np.asarray(m.data)
     padding = (indices == m.shape).all(1)  # how JAX fills up to a fixed `nse`
     row, col = indices[~padding].T
-    return _from_coordinates(row, col, data[~padding], m.shape, (1, 1))
+    return from_coordinates(row, col, data[~padding], m.shape, (1, 1))
 
 
 def to_bcoo(pattern: BlockPattern, blocks):
@@ -62,7 +67,7 @@ def from_bcsr(m):
     )  # JAX fills up to a fixed `nse` at the end, with this column
     col, data = col[:stored], data[:stored]
     row = lines_of(np.asarray(m.indptr), m.shape[0], col, data, "the BCSR matrix's indptr")
-    return _from_coordinates(row, col, data, m.shape, (1, 1))
+    return from_coordinates(row, col, data, m.shape, (1, 1))
 
 
 def to_bcsr(pattern: BlockPattern, blocks):
@@ -75,12 +80,17 @@ def to_bcsr(pattern: BlockPattern, blocks):
     return sparse.BCSR(arrays, shape=pattern.shape, indices_sorted=True, unique_indices=True)
 
 
-def _from_coordinates(row, col, data, shape, block):
-    """Any order comes in; duplicates and indices out of range are refused by `from_indices`."""
-    row, col = np.asarray(row), np.asarray(col)
-    order = np.lexsort((row, col))
-    pattern = BlockPattern.from_indices(row[order], col[order], shape=shape, block=block)
-    return pattern, jnp.asarray(np.asarray(data)[order].reshape(pattern.values_shape))
+def from_coordinates(row, col, data, shape, block):
+    """Any order comes in; what stands twice is summed, and indices out of range are refused by `from_indices`."""
+    row, col, data = np.asarray(row), np.asarray(col), np.asarray(data)
+    order = by_column(row, col, grid_of(shape, block))
+    row, col, data = row[order], col[order], data[order]
+    again = (row[1:] == row[:-1]) & (col[1:] == col[:-1])
+    if again.any():
+        first = np.flatnonzero(np.concatenate([[True], ~again]))
+        row, col, data = row[first], col[first], np.add.reduceat(data, first, axis=0, dtype=data.dtype)
+    pattern = BlockPattern.from_indices(row, col, shape=shape, block=block)
+    return pattern, jnp.asarray(data.reshape(pattern.values_shape))
 
 
 def _check_plain(m, name: str) -> None:

@@ -314,20 +314,20 @@ class BlockPattern:
 
     @classmethod
     def from_scipy(cls, m: scipy.sparse.sparray | scipy.sparse.spmatrix) -> tuple[BlockPattern, Array]:
-        """(pattern, blocks) of a SciPy matrix (in, out): blocks of a BSR matrix, else unstructured."""
+        """(pattern, blocks) of a SciPy matrix (in, out): blocks of a BSR matrix, else single entries, each once."""
         from jaxsparse import _interop
 
         return _interop.from_scipy(m)
 
     def to_scipy(self, blocks: Float[Array, " *values"]) -> Any:
-        """A SciPy BSR array; CSR where the block is (1, 1) or does not divide the matrix."""
+        """A SciPy BSR array; CSR where the block is (1, 1) or does not divide the matrix. No half dtypes."""
         from jaxsparse import _interop
 
         return _interop.to_scipy(self, blocks)
 
     @classmethod
     def from_bcoo(cls, m: jsparse.BCOO) -> tuple[BlockPattern, Array]:
-        """(pattern, blocks) of a JAX BCOO matrix with no batch and no dense dimensions."""
+        """(pattern, blocks) of a JAX BCOO matrix with no batch and no dense dimensions; duplicates summed."""
         from jaxsparse import _interop
 
         return _interop.from_bcoo(m)
@@ -340,7 +340,7 @@ class BlockPattern:
 
     @classmethod
     def from_bcsr(cls, m: jsparse.BCSR) -> tuple[BlockPattern, Array]:
-        """(pattern, blocks) of a JAX BCSR matrix with no batch and no dense dimensions."""
+        """(pattern, blocks) of a JAX BCSR matrix with no batch and no dense dimensions; duplicates summed."""
         from jaxsparse import _interop
 
         return _interop.from_bcsr(m)

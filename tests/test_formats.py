@@ -281,10 +281,38 @@ def test_bad_input_raises_with_the_numbers(name):
         make()
 
 
-def test_a_duplicate_in_scipy_is_refused():
-    matrix = scipy.sparse.coo_array(([1.0, 2.0], ([0, 0], [1, 1])), shape=(3, 2))
-    with pytest.raises(ValueError, match="duplicate"):
-        BlockPattern.from_scipy(matrix)
+@pytest.mark.parametrize("kind", ["coo", "csr", "csc", "bsr", "BCOO", "BCSR"])
+def test_what_stands_twice_is_summed(kind):
+    values, rows, cols = np.array([1.0, 2.0, 4.0, 8.0], np.float32), np.array([0, 0, 2, 0]), np.array([1, 1, 0, 0])
+    want = np.array([[8, 3, 0], [0, 0, 0], [4, 0, 0]], np.float32)
+    if kind == "coo":
+        pattern, blocks = BlockPattern.from_scipy(scipy.sparse.coo_array((values, (rows, cols)), shape=(3, 3)))
+    elif kind == "csr":
+        raw = (values[[0, 1, 3, 2]], cols[[0, 1, 3, 2]], [0, 3, 3, 4])
+        pattern, blocks = BlockPattern.from_scipy(scipy.sparse.csr_array(raw, shape=(3, 3)))
+    elif kind == "csc":
+        raw = (values[[2, 3, 0, 1]], rows[[2, 3, 0, 1]], [0, 2, 4, 4])
+        pattern, blocks = BlockPattern.from_scipy(scipy.sparse.csc_array(raw, shape=(3, 3)))
+    elif kind == "bsr":
+        blocks = np.kron(values[[0, 1, 3, 2], None, None], np.ones((1, 2, 2), np.float32))
+        raw, want = (blocks, cols[[0, 1, 3, 2]], [0, 3, 3, 4]), np.kron(want, np.ones((2, 2), np.float32))
+        pattern, blocks = BlockPattern.from_scipy(scipy.sparse.bsr_array(raw, shape=(6, 6)))
+    elif kind == "BCOO":
+        raw = (jnp.asarray(values), jnp.stack([jnp.asarray(rows), jnp.asarray(cols)], 1))
+        pattern, blocks = BlockPattern.from_bcoo(jsparse.BCOO(raw, shape=(3, 3)))
+    else:
+        raw = (jnp.asarray(values[[0, 1, 3, 2]]), jnp.asarray(cols[[0, 1, 3, 2]]), jnp.asarray([0, 3, 3, 4]))
+        pattern, blocks = BlockPattern.from_bcsr(jsparse.BCSR(raw, shape=(3, 3)))
+    assert pattern.nnzb == 3
+    np.testing.assert_array_equal(pattern.to_dense(blocks), want)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_values_that_scipy_has_no_matrices_of_are_refused_by_their_dtype(dtype):
+    for block in (1, 2):
+        pattern = BlockPattern.banded((4, 4), 0, block)
+        with pytest.raises(ValueError, match=rf"no matrices of {dtype.__name__}.*astype"):
+            pattern.to_scipy(jnp.ones(pattern.values_shape, dtype))
 
 
 @pytest.mark.parametrize("size", [2**16, 2**16 + 1, 3 * 2**16])

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 NUMERIC = {"jax", "numpy", "jaxtyping"}
 BASE = {"jaxsparse._indices", "jaxsparse._sizes"}
 FORMATS = BASE | {"jaxsparse.formats"}
+FILES = {"jaxsparse.files._limits", "jaxsparse.files.weights"}
 OPS = FORMATS | {"jaxsparse.ops"}
 # file -> what it may import beyond the standard library; "scipy" only where a user hands such a matrix in
 TABLE = {
@@ -40,6 +41,11 @@ TABLE = {
     "jaxsparse/_trees.py": NUMERIC | FORMATS,
     "jaxsparse/_targets.py": NUMERIC | FORMATS | {"jaxsparse._trees"},
     "jaxsparse/checkpoint.py": NUMERIC | {"jaxsparse._states", "jaxsparse._targets", "jaxsparse._trees"},
+    "jaxsparse/files/__init__.py": {"numpy", "safetensors", "jaxsparse.files", "jaxsparse.files.weights"},
+    "jaxsparse/files/_limits.py": set(),
+    "jaxsparse/files/_npz.py": {"numpy", "scipy", "jaxsparse.formats"} | FILES,
+    "jaxsparse/files/_text.py": {"numpy", "jaxsparse._interop"} | FORMATS | FILES,
+    "jaxsparse/files/weights.py": {"jax", "numpy"} | FORMATS,
     "jaxsparse/testing.py": NUMERIC | {"jaxsparse.formats", "jaxsparse.reference"},
 }
 PACKAGES = {"jaxsparse", "torch_bridge"}
