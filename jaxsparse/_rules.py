@@ -16,12 +16,13 @@ from typing import Any
 
 from jaxsparse._sizes import as_pair
 
-# kind: (the option that it can't do without, its defaults)
+# kind: (the option that it can't do without, its defaults); "keep" may stand in the place of "density"
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "block_diag": ("num_blocks", {}),
     "block_sparse": ("density", {"block": 32}),
     "sparse": ("density", {}),
 }
+_SELDOM_PAYS = {"sparse": 0.3, "block_sparse": 0.7}  # densities above which the layers lose to dense ones in places
 Rules = Iterable[tuple[str, Mapping[str, Any] | None]]
 
 
@@ -34,6 +35,7 @@ class Rule:
     density: float | None = None
     block: tuple[int, int] = (1, 1)
     num_blocks: int | None = None
+    keep: str | None = None
 
     def matches(self, path: str) -> bool:
         return re.fullmatch(self.pattern, path) is not None
@@ -43,7 +45,20 @@ class Rule:
         if self.kind == "block_diag":
             return f"block_diag, {self.num_blocks} blocks"
         blocks = "" if self.kind == "sparse" else " of {}x{}".format(*self.block)
-        return f"{self.kind}, {self.density:.4g}{blocks}"
+        how_many = "what is not zero" if self.density is None else f"{self.density:.4g}"
+        return f"{self.kind}, {how_many}{blocks}"
+
+    def found(self, density: float) -> Rule:
+        """The same rule, where `keep` found this fraction of the blocks or entries."""
+        return dataclasses.replace(self, density=density) if self.keep else self
+
+    @property
+    def why_whole(self) -> str | None:
+        """Why a layer in which `keep` found no zeros stays dense."""
+        if not self.keep or self.density != 1:
+            return None
+        what = "its weight" if self.kind == "sparse" else "every block of {}x{} of its weight".format(*self.block)
+        return f"has no zeros that a {self.kind} layer could leave out of {what}: prune it, or name a density."
 
 
 def parse(rules: Rules) -> tuple[Rule, ...]:
@@ -51,8 +66,9 @@ def parse(rules: Rules) -> tuple[Rule, ...]:
 
     Args:
       rules: (regular expression, options) pairs. Options are a dict with "kind", one of "block_diag", "block_sparse"
-        and "sparse", and what that kind takes: "num_blocks"; "density" and "block" (default 32); "density". None
-        instead of options leaves the layers as they are, for exceptions that stand before a wider rule.
+        and "sparse", and what that kind takes: "num_blocks"; "density" and "block" (default 32); "density". Instead of
+        a density, "keep": "nonzero" keeps what is not zero. None instead of options leaves the layers as they are, for
+        exceptions that stand before a wider rule.
     Raises:
       ValueError: for no rules, something else than pairs, a bad expression, or options that are unknown, missing or
         out of range.
@@ -127,6 +143,13 @@ def race(functions: Sequence[Callable[[], Any]], rounds: int = 9) -> list[float]
     return [statistics.median(measured) for measured in times]
 
 
+def check_drawn(rules: Sequence[Rule]) -> None:
+    """Raises ValueError where fresh layers are to keep what the old ones have."""
+    for rule in rules:
+        if rule.keep:
+            raise ValueError(f"rule {rule.pattern!r} keeps what is not zero, and fresh layers draw it: give a density.")
+
+
 # ---- checks and what they say ---------------------------------------------------------------------------
 
 
@@ -146,12 +169,14 @@ def _parse_one(rule: Any) -> Rule:
     if kind not in KINDS:
         raise ValueError(f"{where} has kind={kind!r}, but there is {', '.join(map(repr, KINDS))}.{_near(kind, KINDS)}")
     needed, defaults = KINDS[kind]
-    known = [needed, *defaults]
+    known = [needed, *(["keep"] if needed == "density" else []), *defaults]
     for name in options:
         if name not in known:
             raise ValueError(f"{where}: {kind} takes {' and '.join(known)}, and no {name!r}.{_near(name, known)}")
-    if needed not in options:
-        raise ValueError(f"{where}: {kind} needs {needed!r}, got {options}.")
+    if (needed in options) + ("keep" in options) != 1:
+        raise ValueError(
+            f"{where}: {kind} needs {' or '.join(map(repr, known[: -len(defaults) or None]))}, got {options}."
+        )
     return Rule(pattern, kind, **_checked(where, {**defaults, **options}))
 
 
@@ -161,6 +186,8 @@ def _checked(where: str, options: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{where} has density={density!r}: it is the fraction of the weights that is kept, in (0, 1].")
     if not isinstance(num_blocks, numbers.Integral) or isinstance(num_blocks, bool) or num_blocks < 1:
         raise ValueError(f"{where} has num_blocks={num_blocks!r}: it is a whole number of at least 1.")
+    if options.get("keep", "nonzero") != "nonzero":
+        raise ValueError(f"{where} has keep={options['keep']!r}: there is 'nonzero', or give a density.")
     if "block" in options:
         try:
             options["block"] = as_pair(options["block"])
@@ -232,6 +259,14 @@ class Row:
     relative_error: float | None = None
     milliseconds: tuple[float, float] | None = None
 
+    @property
+    def advice(self) -> str | None:
+        """What to do about a density that was found and seldom pays (docs/performance.md says what does)."""
+        found = re.match(r"(sparse|block_sparse), ([0-9.]+)", self.after)
+        if found is None or float(found[2]) <= _SELDOM_PAYS[found[1]]:
+            return None
+        return f"keeps {found[2]} of its weight, at which it may be slower than dense: only_if_faster=True measures it."
+
     @classmethod
     def of(cls, path: str, rule: Rule | None, shape: tuple[int, int], **numbers) -> Row:
         """The row of an (in, out) layer; without a rule it stayed dense, as that was faster."""
@@ -286,7 +321,8 @@ class Report(Sequence):
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         keep = [i for i in range(len(widths)) if any(line[i] for line in lines[1:])]
         text = ["  ".join(line[i].ljust(widths[i]) for i in keep).rstrip() for line in lines]
-        return "\n".join([*text, *_told(self.left)])
+        slow = [Left(row.path, row.advice) for row in self.rows if row.advice and row.milliseconds is None]
+        return "\n".join([*text, *_told("slow?", slow), *_told("left", self.left)])
 
     __repr__ = __str__
 
@@ -294,13 +330,13 @@ class Report(Sequence):
         return [[row.parameters for row in self.rows], [row.bytes for row in self.rows]]
 
 
-def _told(left: Sequence[Left]) -> list[str]:
+def _told(title: str, left: Sequence[Left]) -> list[str]:
     """A line for each reason, with the first of its layers."""
     paths: dict[str, list[str]] = {}
     for one in left:
         paths.setdefault(one.reason, []).append(one.path)
     return [
-        f"left: {found[0]}{f' and {len(found) - 1} more' if found[1:] else ''} {reason}"
+        f"{title}: {found[0]}{f' and {len(found) - 1} more' if found[1:] else ''} {reason}"
         for reason, found in paths.items()
     ]
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from jaxsparse import linen as sparse_linen
 from jaxsparse import nnx as sparse_nnx
 from jaxsparse._arguments import features_per_block
-from jaxsparse._rules import Races, Report, Row, Rule, Rules, decide, first_match, parse, passed_over
+from jaxsparse._rules import Races, Report, Row, Rule, Rules, check_drawn, decide, first_match, parse, passed_over
 from jaxsparse.formats import BlockPattern
 
 
@@ -44,7 +44,8 @@ def sparsify(
       rules: pairs (regular expression, options). Options are {"kind": "block_diag", "num_blocks": n}, {"kind":
         "block_sparse", "density": d, "block": 32} or {"kind": "sparse", "density": d}; None leaves a layer dense.
         Block-sparse and sparse layers keep the blocks, or entries, of largest norm, block-diagonal ones what lies on
-        the diagonal, in the order of the features as it is; `convert.block_diagonalize` finds better ones.
+        the diagonal, in the order of the features as it is; `convert.block_diagonalize` finds better ones. For weights
+        that were pruned before, "keep": "nonzero" in the place of a density keeps what is not zero, bit for bit.
       rngs: for `fresh` layers; a conversion draws nothing.
       dry_run: report what would happen, and return the model itself.
       rescale: multiply what is kept, so that every weight keeps its Frobenius norm.
@@ -61,6 +62,8 @@ def sparsify(
         raise ValueError("fresh layers draw their weights: give rngs=nnx.Rngs(seed).")
     races = Races(batch) if only_if_faster else None
     parsed = parse(rules)
+    if fresh:
+        check_drawn(parsed)
     layers, left, others = _nnx_layers(model)
     chosen = decide(parsed, layers, others, left)
     _check_unshared(model, {path: layers[path] for path in chosen})
@@ -71,6 +74,10 @@ def sparsify(
             layer = _nnx_layer(old, rule, rescale, rngs if fresh else None)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        rule = rule.found(_density(layer))
+        if rule.why_whole:
+            left[path] = rule.why_whole
+            continue
         times = _race(races, rule, old, layer) if races else None
         if times and times[1] >= times[0]:
             rule, layer = None, old
@@ -96,9 +103,11 @@ def sparsify_linen(module: linen.Module, rules: Rules) -> SparsifiedLinen:
     Args:
       module: any Linen module that is called through `__call__`. Where it lifts (`nn.scan`, `nn.vmap`), give the
         collection "pattern" an axis.
-      rules: as for `sparsify`.
+      rules: as for `sparsify`. With "keep": "nonzero" the variables come from `sparsify_variables`, as only a trained
+        model says how many numbers there are.
     Raises:
-      ValueError: for bad rules, here; in `init`, for rules that match nothing, with the nearest names.
+      ValueError: for bad rules, here; in `init`, for rules that match nothing, with the nearest names, or that keep
+        what is not zero.
     """
     return SparsifiedLinen(_Apart(module), parse(rules))
 
@@ -161,6 +170,7 @@ def sparsify_variables(
             values, pattern = _convert(kernel, rule, rescale)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        rule = rule.found(pattern.density) if pattern is not None else rule
         params[*scope, "kernel"] = values
         if pattern is not None:
             patterns[*scope, "pattern"] = pattern
@@ -197,7 +207,10 @@ def _convert(kernel: Float[Array, "in out"], rule: Rule, rescale: bool) -> tuple
     if rule.kind == "block_diag":
         pattern, values = None, _diagonal_blocks(kernel, rule.num_blocks or 1)
     else:
-        pattern = BlockPattern.from_dense(kernel, density=rule.density or 0, block=rule.block)
+        if rule.keep:
+            pattern = BlockPattern.from_mask(np.asarray(kernel) != 0, rule.block)
+        else:
+            pattern = BlockPattern.from_dense(kernel, density=rule.density or 0, block=rule.block)
         values = pattern.gather(kernel)
     if rescale:
         before, after = (float(np.linalg.norm(np.asarray(w, np.float64))) for w in (kernel, values))
@@ -284,7 +297,13 @@ def _drawn(rule: Rule) -> dict[str, Any]:
     """The arguments of a layer that draws its pattern itself."""
     if rule.kind == "block_diag":
         return {"num_blocks": rule.num_blocks}
-    return {"density": rule.density} | ({"block": rule.block} if rule.kind == "block_sparse" else {})
+    return {"density": 1.0 if rule.keep else rule.density} | (
+        {"block": rule.block} if rule.kind == "block_sparse" else {}
+    )
+
+
+def _density(layer: Any) -> float:
+    return layer.pattern.get_value().density if hasattr(layer, "pattern") else 1 / layer.num_blocks
 
 
 def _relative_error(kernel: jax.Array, layer: Any) -> float:
@@ -366,6 +385,10 @@ def _linen_layer(dense: linen.Dense, rule: Rule) -> linen.Module:
     if dense.dot_general or dense.dot_general_cls or dense.promote_dtype is not linen.Dense.promote_dtype:
         raise ValueError("it has a dot_general or promote_dtype of its own, which no sparse layer has.")
     classes = {"block_diag": "BlockDiagDense", "block_sparse": "BlockSparseDense", "sparse": "SparseDense"}
+    if rule.keep and dense.is_initializing():
+        raise ValueError(
+            "init has no weights of which to keep what is not zero: use sparsify_variables on trained ones."
+        )
     names = ("features", "use_bias", "dtype", "param_dtype", "precision", "kernel_init", "bias_init")
     options = {name: getattr(dense, name) for name in names} | _drawn(rule)
     assert dense.scope is not None  # Flax calls only bound modules

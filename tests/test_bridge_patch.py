@@ -9,6 +9,7 @@ pytest.importorskip("torch", reason="torch_bridge needs torch")
 
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from jaxsparse import _rules
 from torch_bridge import BlockDiagLinear, BlockSparseLinear, BlockSparseModelPatcher, SparseLinear, sparsify
@@ -299,7 +300,6 @@ def test_subclasses_are_taken_where_the_caller_names_them():
 @pytest.mark.parametrize(
     "settle, call",
     [
-        (lambda m: nn.utils.prune.l1_unstructured(m, "weight", 0.5), r"torch.nn.utils.prune.remove\(layer, 'weight'\)"),
         (nn.utils.spectral_norm, r"torch.nn.utils.remove_spectral_norm\(layer, 'weight'\)"),
     ],
 )
@@ -308,6 +308,75 @@ def test_a_weight_that_a_hook_computes_is_to_be_made_a_parameter_first(settle, c
     settle(model.head)
     with pytest.raises(ValueError, match=f"head has a weight that a hook computes. Make it a parameter first: {call}"):
         sparsify(model, RULES)
+
+
+def prune_globally(m):
+    prune.global_unstructured([(m.body[0], "weight"), (m.head, "weight")], prune.L1Unstructured, amount=0.8)
+
+
+def prune_and_train(m):
+    """Values change after the last forward pass, and one that is kept becomes zero."""
+    prune.l1_unstructured(m.head, "weight", 0.9)
+    with torch.no_grad():
+        m.head.weight_orig.mul_(2)
+        m.head.weight_orig.view(-1)[m.head.weight_mask.view(-1).argmax()] = 0
+
+
+PRUNED = {
+    "unstructured": lambda m: prune.l1_unstructured(m.head, "weight", 0.9),
+    "at random": lambda m: prune.random_unstructured(m.head, "weight", 0.5),
+    "by rows": lambda m: prune.ln_structured(m.head, "weight", 0.5, n=2, dim=0),
+    "by columns, twice": lambda m: (prune.ln_structured(m.head, "weight", 3, n=2, dim=1), PRUNED["unstructured"](m)),
+    "globally": prune_globally,
+    "by a mask of one's own": lambda m: prune.custom_from_mask(m.head, "weight", torch.eye(5, 16)),
+    "trained since": prune_and_train,
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("removed", [False, True])
+@pytest.mark.parametrize("how", PRUNED)
+def test_layers_that_torch_pruned_become_sparse_with_exactly_what_was_kept(how, removed, dtype):
+    model, x = net().to(dtype), torch.randn(3, 16, dtype=dtype)
+    PRUNED[how](model)
+    kept = int(model.head.weight_mask.sum())
+    if removed and how != "trained since":
+        for layer in (m for m in model.modules() if hasattr(m, "weight_mask")):
+            prune.remove(layer, "weight")
+    head = model.head
+    want = head.weight.detach().clone() if removed and how != "trained since" else head.weight_orig * head.weight_mask
+    report = sparsify(model, [(".*", {"kind": "sparse", "keep": "nonzero"})])
+    assert {row.path for row in report} == ({"head", "body.0"} if how == "globally" else {"head"})
+    assert {one.path for one in report.left} == {"body.0", "body.2", "body.3"} - {row.path for row in report}
+    assert type(model.head) is SparseLinear and model.head.weight.numel() == kept and report[-1].relative_error == 0
+    assert torch.equal(model.head.to_linear().weight, want)
+    torch.testing.assert_close(model.head(x), nn.functional.linear(x, want))
+    model(x).sum().backward()
+    assert model.head.weight.grad is not None
+
+
+def test_pruned_rows_of_blocks_become_blocks():
+    model = nn.Sequential(nn.Linear(64, 64))
+    prune.ln_structured(model[0], "weight", 32, n=2, dim=1)
+    columns = model[0].weight_mask[0] != 0
+    with torch.no_grad():
+        model[0].weight_orig[:, :] = model[0].weight_orig[:, torch.argsort(~columns, stable=True)]
+        model[0].weight_mask[:, :] = torch.arange(64) < 32
+    want = model[0].weight_orig.detach() * model[0].weight_mask
+    report = sparsify(model, [("0", {"kind": "block_sparse", "keep": "nonzero"})])
+    assert report[0].after == "block_sparse, 0.5 of 32x32" and model[0].weight.shape == (2, 32, 32)
+    assert torch.equal(model[0].to_linear().weight, want)
+
+
+def test_a_layer_with_a_hook_beside_its_pruning_is_not_replaced():
+    model = net()
+    prune.l1_unstructured(model.head, "weight", 0.9)
+    model.head.register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match="head has hooks"):
+        sparsify(model, [("head", {"kind": "sparse", "keep": "nonzero"})])
+    with pytest.raises(ValueError, match="fresh layers draw it"):
+        sparsify(net(), [("head", {"kind": "sparse", "keep": "nonzero"})], fresh=True)
 
 
 def test_conv1d_of_transformers_is_replaced_as_a_linear_layer():

@@ -1,5 +1,7 @@
 """Rules on paths: which one decides, what a bad one is told, and the report."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -62,9 +64,12 @@ def test_a_model_without_dense_layers_says_so():
         ([("head", 0.5)], "options of type float"),
         ([("head", {"density": 0.5})], "kind=None, but there is 'block_diag', 'block_sparse', 'sparse'"),
         ([("head", {"kind": "block-sparse"})], "Did you mean 'block_sparse'"),
-        ([("head", {"kind": "sparse", "density": 0.5, "block": 8})], "sparse takes density, and no 'block'"),
+        ([("head", {"kind": "sparse", "density": 0.5, "block": 8})], "sparse takes density and keep, and no 'block'"),
         ([("head", {"kind": "block_sparse", "densty": 0.5})], "no 'densty'. Did you mean 'density'"),
-        ([("head", {"kind": "block_sparse", "block": 8})], "block_sparse needs 'density'"),
+        ([("head", {"kind": "block_sparse", "block": 8})], "block_sparse needs 'density' or 'keep'"),
+        ([("head", {"kind": "sparse", "density": 0.5, "keep": "nonzero"})], "sparse needs 'density' or 'keep', got"),
+        ([("head", {"kind": "sparse", "keep": "largest"})], "keep='largest': there is 'nonzero'"),
+        ([("head", {"kind": "block_diag", "num_blocks": 2, "keep": "nonzero"})], "takes num_blocks, and no 'keep'"),
         ([("head", {"kind": "sparse", "density": 50})], r"density=50: it is the fraction .* kept, in \(0, 1\]"),
         ([("head", {"kind": "sparse", "density": float("nan")})], "density=nan"),
         ([("head", {"kind": "sparse", "density": "0.5"})], "density='0.5'"),
@@ -99,6 +104,23 @@ def test_a_report_is_its_rows_and_prints_as_a_table():
         "whole model 5,000 -> 3,200".split(),
     ]
     assert "ms" not in str(Report(rows[:1], 5000)).splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "options, density, told",
+    [
+        ({"kind": "sparse"}, 0.1, None),
+        ({"kind": "sparse"}, 0.45, "slow?: head keeps 0.45 of its weight"),
+        ({"kind": "block_sparse"}, 0.45, None),
+        ({"kind": "block_sparse"}, 0.8, "slow?: head keeps 0.8 of its weight"),
+    ],
+)
+def test_a_density_that_seldom_pays_is_told(options, density, told):
+    rule = parse([("head", {**options, "keep": "nonzero"})])[0].found(density)
+    row = Row.of("head", rule, (10, 10), parameters=(100, 80), bytes=(400, 640))
+    last = str(Report([row], 100)).splitlines()[-1]
+    assert last.startswith(told) if told else "slow?" not in last
+    assert "slow?" not in str(Report([dataclasses.replace(row, milliseconds=(2.0, 1.0))], 100))
 
 
 def test_functions_take_turns_in_a_race():

@@ -94,6 +94,40 @@ def test_rescaled_layers_keep_their_norm_and_the_top_blocks():
     )
 
 
+def pruned(block=1):
+    """The model with nine tenths of the blocks of two kernels set to zero."""
+    model, rng = Net(), np.random.default_rng(1)
+    for layer in (model.body[0], model.head):
+        w = np.asarray(layer.kernel[...])
+        grid = [-(-size // block) for size in w.shape]
+        mask = np.kron(rng.random(grid) < 0.1, np.ones((block, block)))[: w.shape[0], : w.shape[1]]
+        layer.kernel[...] = jnp.asarray(w * mask)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("options", [{"kind": "sparse"}, {"kind": "block_sparse", "block": 4}], ids=lambda o: o["kind"])
+def test_what_is_not_zero_is_kept_bit_for_bit(options, dtype):
+    model = pruned(block=4)
+    for layer in (model.up, *model.body, model.head):
+        layer.kernel[...] = layer.kernel[...].astype(dtype)
+    new, report = sparsify(model, [(".*", {**options, "keep": "nonzero"})])
+    assert [(row.path, row.relative_error) for row in report] == [("body.0", 0), ("head", 0)]
+    for old, layer in ((model.body[0], new.body[0]), (model.head, new.head)):
+        w = np.asarray(old.kernel[...].astype(jnp.float32))
+        np.testing.assert_array_equal(dense_kernel(layer), w)
+        if options["kind"] == "sparse":
+            assert layer.kernel[...].size == np.count_nonzero(w)
+    assert {one.path: one.reason.split(":")[0] for one in report.left}.keys() == {"up", "body.1"}
+    assert all("has no zeros" in one.reason for one in report.left) and type(new.up) is nnx.Linear
+    assert f"{report[0].after.split()[1].rstrip(',')}" == f"{new.body[0].pattern.get_value().density:.4g}"
+
+
+def test_fresh_layers_have_nothing_to_keep():
+    with pytest.raises(ValueError, match="fresh layers draw it: give a density"):
+        sparsify(Net(), [(".*", {"kind": "sparse", "keep": "nonzero"})], rngs=nnx.Rngs(0), fresh=True)
+
+
 def test_fresh_layers_are_drawn_from_the_rngs():
     rules = [("head", ENTRIES)]
     heads = [sparsify(Net(), rules, fresh=True, rngs=nnx.Rngs(seed))[0].head.kernel[...] for seed in (1, 1, 2)]
@@ -199,6 +233,21 @@ def test_converted_variables_compute_what_was_kept():
         assert row.relative_error == pytest.approx(np.linalg.norm(new - old) / np.linalg.norm(old))
     sizes = [sum(p.size for p in jax.tree.leaves(tree)) for tree in (variables["params"], params)]
     assert report.parameters == tuple(sizes)
+
+
+def test_linen_variables_that_were_pruned_keep_what_is_not_zero():
+    module = nn.Sequential([nn.Dense(32), nn.relu, nn.Dense(5)])
+    variables = module.init(jax.random.key(0), X)
+    kernel = variables["params"]["layers_0"]["kernel"]
+    keep = np.random.default_rng(0).random(kernel.shape) < 0.2
+    variables["params"]["layers_0"]["kernel"] = kernel * keep
+    model = sparsify_linen(module, [("layers_0", {"kind": "sparse", "keep": "nonzero"})])
+    new, report = sparsify_variables(model, variables, X)
+    assert new["params"]["layers_0"]["kernel"].shape == (keep.sum(),) and report[0].relative_error == 0
+    assert report[0].after == f"sparse, {keep.mean():.4g}"
+    np.testing.assert_allclose(model.apply(new, X), module.apply(variables, X), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="layers_0: init has no weights .* sparsify_variables"):
+        model.init(jax.random.key(0), X)
 
 
 def test_a_model_with_sparse_parts_may_be_part_of_another():

@@ -157,6 +157,20 @@ def how_to_settle(layer: nn.Module) -> str | None:
     return found[0][1].format(name=_made_by(found[0][0])) if found else None
 
 
+def pruning_hooks(layer: nn.Module) -> list[prune.BasePruningMethod]:
+    """The hooks of torch.nn.utils.prune, which mask the weight and the bias before every forward pass."""
+    return [hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, prune.BasePruningMethod)]
+
+
+def kept(layer: nn.Module) -> Tensor:
+    """Which entries of the (out, in) weight are kept: those of torch's pruning mask, or else what is not zero."""
+    if "weight" in map(_made_by, pruning_hooks(layer)):
+        mask = layer._buffers["weight_mask"]
+        assert mask is not None  # the hook multiplies by it
+        return mask != 0
+    return read(layer).weight.value.T != 0
+
+
 def _compute(layer: nn.Module, name: str) -> Tensor | None:
     if name in layer._parameters:
         return layer._parameters[name]

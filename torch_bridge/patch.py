@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from jaxsparse._rules import Races, Report, Row, Rule, Rules, decide, parse, passed_over
+from jaxsparse._rules import Races, Report, Row, Rule, Rules, check_drawn, decide, parse, passed_over
 from torch_bridge import _linear
 from torch_bridge.nn import BlockDiagLinear, BlockSparseLinear, SparseLinear
 
@@ -45,7 +45,9 @@ def sparsify(
       rules: pairs (regular expression, options). Options are {"kind": "block_diag", "num_blocks": n}, {"kind":
         "block_sparse", "density": d, "block": 32} or {"kind": "sparse", "density": d}; None leaves a layer dense.
         Block-sparse and sparse layers keep the blocks, or entries, of largest norm, block-diagonal ones what lies on
-        the diagonal, in the order of the features as it is.
+        the diagonal, in the order of the features as it is. For weights that were pruned before, "keep": "nonzero" in
+        the place of a density keeps what is not zero, bit for bit; of layers that torch.nn.utils.prune still masks,
+        what the mask keeps.
       dry_run: report what would happen, and change nothing.
       rescale: multiply what is kept, so that every weight keeps its Frobenius norm.
       fresh: draw pattern and weights anew, from torch's generator, for models that were not trained yet.
@@ -61,6 +63,8 @@ def sparsify(
     """
     races = Races(batch) if only_if_faster else None
     parsed = parse(rules)
+    if fresh:
+        check_drawn(parsed)
     layers, left, others = _sort(model, also)
     chosen = decide(parsed, layers, others, left)
     _check_replaceable(model, {path: layers[path] for path in chosen})
@@ -71,6 +75,10 @@ def sparsify(
             layer = _convert(old, rule, rescale, fresh)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        rule = rule.found(_density(layer))
+        if rule.why_whole:
+            left[path] = rule.why_whole
+            continue
         times = _race(races, rule, old, layer) if races else None
         if times and times[1] >= times[0]:
             rule, layer = None, old
@@ -182,9 +190,11 @@ def _check_replaceable(model: nn.Module, layers: Mapping[str, nn.Module]) -> Non
     uses = Counter(id(p) for _, p in owners)
     for path, layer in layers.items():
         settle = _linear.how_to_settle(layer)
-        if settle:
+        pruning = _linear.pruning_hooks(layer)
+        if settle and not pruning:
             raise ValueError(f"{path} has a weight that a hook computes. Make it a parameter first: {settle}.")
-        if any(getattr(layer, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
+        hooks = [h for kind in ("forward", "forward_pre", "backward", "backward_pre") for h in _hooks(layer, kind)]
+        if len(hooks) > len(pruning):
             raise ValueError(f"{path} has hooks, which its replacement would lose: register them after patching.")
         for name, p in layer.named_parameters():
             if uses[id(p)] > 1:
@@ -195,12 +205,22 @@ def _check_replaceable(model: nn.Module, layers: Mapping[str, nn.Module]) -> Non
                 )
 
 
+def _hooks(layer: nn.Module, kind: str) -> list[Any]:
+    return list(getattr(layer, f"_{kind}_hooks").values())
+
+
+def _density(layer: Any) -> float:
+    return 1 / layer.num_blocks if isinstance(layer, BlockDiagLinear) else layer.pattern.density
+
+
 def _convert(linear: Any, rule: Rule, rescale: bool, fresh: bool) -> nn.Module:
     cls, options = {
         "block_diag": (BlockDiagLinear, {"num_blocks": rule.num_blocks}),
         "block_sparse": (BlockSparseLinear, {"density": rule.density, "block": rule.block}),
         "sparse": (SparseLinear, {"density": rule.density}),
     }[str(rule.kind)]
+    if rule.keep:
+        options["density"], options["mask"] = None, _linear.kept(linear)
     if not fresh:
         return cls.from_linear(linear, **options, rescale=rescale)
     dense = _linear.read(linear)
