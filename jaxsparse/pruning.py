@@ -70,19 +70,43 @@ def score(
     return entries if block == (1, 1) else _block_norms(entries, block)
 
 
-def top_mask(scores: Float[Array, "*any"], density) -> Bool[Array, "*any"]:
-    """Marks the round(density * size) highest scores; of equal ones the earlier, row by row.
+def top_mask(
+    scores: Float[Array, "*any"], density=None, *, n_of_m: tuple[int, int] | None = None
+) -> Bool[Array, "*any"]:
+    """Marks the round(density * size) highest scores, or n of every m inputs; of equal ones the earlier, row by row.
 
-    `density` may be traced, as from a schedule, so that one program serves a whole run. Scores count in float32.
+    Scores count in float32.
 
+    Args:
+      density: may be traced, as from a schedule, so that one program serves a whole run.
+      n_of_m: (n, m) instead, as (2, 4): the n highest of every m neighbours along the first axis, the inputs, which is
+        how sparse tensor cores have them for y = xW.
     Raises:
-      ValueError: for a density, where it is a number, outside [0, 1].
+      ValueError: for none or both of the two, for a density, where it is a number, outside [0, 1], and for inputs that
+        are no whole number of groups.
+    Source: N:M sparsity, Mishra et al. 2021, arXiv:2104.08378.
     """
+    if (density is None) == (n_of_m is None):
+        raise ValueError(f"give one of density and n_of_m, got {density} and {n_of_m}.")
+    if n_of_m is not None:
+        return _highest_of_groups(jnp.asarray(scores), *n_of_m)
     size = jnp.size(scores)
     traced = isinstance(density, jax.Array)
     count = jnp.round(density * size) if traced else count_kept(density, size)
     key = _select.keys(jnp.asarray(scores)).reshape(-1)
     return _select.highest(key, jnp.asarray(count, jnp.int32)).reshape(jnp.shape(scores))
+
+
+def _highest_of_groups(scores: Float[Array, "in *any"], n: int, m: int) -> Bool[Array, "in *any"]:
+    if not 0 <= n <= m or m < 1:
+        raise ValueError(f"n_of_m=({n}, {m}) must be two integers with 0 <= n <= m and m >= 1.")
+    if scores.ndim == 0 or scores.shape[0] % m:
+        raise ValueError(
+            f"scores of shape {scores.shape} have no whole number of groups of {m} along their first axis."
+        )
+    key = _select.keys(scores).reshape(-1, m, *scores.shape[1:])
+    best_first = jnp.argsort(~key, axis=1, stable=True)
+    return (jnp.argsort(best_first, axis=1) < n).reshape(scores.shape)
 
 
 def top_k(

@@ -1,5 +1,6 @@
 """Scores, masks, densities and schedules against their published formulas, and masked training in Optax."""
 
+import functools
 import math
 
 import jax
@@ -36,6 +37,37 @@ def test_scores_equal_their_formulas(name, block):
 def test_the_random_score_has_one_number_per_block():
     score = pruning.score("random", W, key=jax.random.key(0), block=(8, 5))
     assert score.shape == (5, 6) and len(np.unique(score)) == 30
+
+
+@pytest.mark.parametrize("n, m", [(2, 4), (1, 4), (4, 8), (1, 1), (0, 2), (3, 3)])
+def test_top_mask_keeps_n_of_every_m_inputs(n, m):
+    scores = np.random.default_rng(0).integers(-3, 3, (24, 5)).astype(np.float32)  # with many equal ones
+    mask = jax.jit(functools.partial(pruning.top_mask, n_of_m=(n, m)))(scores)
+    for group in range(0, 24, m):
+        for col in range(5):
+            best = sorted(range(m), key=lambda k: (-scores[group + k, col], k))[:n]
+            assert sorted(np.flatnonzero(mask[group : group + m, col])) == sorted(best)
+
+
+def test_n_of_m_makes_a_pattern_of_that_density():
+    mask = pruning.top_mask(pruning.score("magnitude", jnp.ones((8, 6))), n_of_m=(2, 4))
+    pattern = BlockPattern.from_mask(mask)
+    assert pattern.density == 0.5 and set(np.diff(pattern.col_ptr)) == {4}
+
+
+@pytest.mark.parametrize(
+    "density, n_of_m, message",
+    [
+        (None, None, "one of density and n_of_m"),
+        (0.5, (2, 4), "one of density and n_of_m"),
+        (None, (5, 4), r"n_of_m=\(5, 4\) must be"),
+        (None, (-1, 4), "must be two"),
+        (None, (1, 7), r"shape \(6, 4\) have no whole number of groups of 7"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(density, n_of_m, message):
+    with pytest.raises(ValueError, match=message):
+        pruning.top_mask(jnp.ones((6, 4)), density, n_of_m=n_of_m)
 
 
 @pytest.mark.parametrize("seed", range(4))
