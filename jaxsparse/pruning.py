@@ -92,7 +92,7 @@ def top_mask(
         return _highest_of_groups(jnp.asarray(scores), *n_of_m)
     size = jnp.size(scores)
     traced = isinstance(density, jax.Array)
-    count = jnp.round(density * size) if traced else count_kept(density, size)
+    count = jnp.round(density * size) if traced else count_kept(density, size)  # pyright: ignore[reportArgumentType]
     key = _select.keys(jnp.asarray(scores)).reshape(-1)
     return _select.highest(key, jnp.asarray(count, jnp.int32)).reshape(jnp.shape(scores))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -87,6 +88,10 @@ def sparsify(
         if rule:
             new[old] = layer
     undo = [] if dry_run else _replace(model, new)
+    if not dry_run and "transformers.modeling_utils" in sys.modules:
+        from torch_bridge import hugging_face  # where transformers was not imported, no model is of it
+
+        hugging_face.mark(model)
     return PatchReport(rows, size, passed_over(parsed, left), undo)
 
 
