@@ -95,6 +95,7 @@ def _from_block_mask(data, block_mask, cols_a, **rest) -> SparseMatrix:
 
 
 def _shape(shape: np.ndarray) -> tuple[int, int]:
+    shape = shape.ravel()  # 2:4 writes it as a column
     if shape.shape != (2,) or shape.dtype.kind not in "iu" or (shape < 1).any():
         raise ValueError(f"its shape must be two positive integers, got {shape.tolist()}.")
     return int(shape[0]), int(shape[1])
