@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent.parent
 
 def test_the_code_of_coming_from_runs_in_order(tmp_path, monkeypatch, capsys):
     pytest.importorskip("torch", reason="torch is not installed")
-    pytest.importorskip("transformers", reason="transformers is not installed")
+    for package in ("transformers", "peft"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
     for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs/coming_from.md").read_text(), re.DOTALL):

@@ -121,6 +121,7 @@ BRIDGE = {
     },
     "patch.py": {"_linear", "hugging_face", "nn"},
     "hugging_face.py": {"_linear", "nn", "patch"},
+    "lora.py": {"nn"},
 }
 SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
     "_compressed.py": {"jaxsparse._indices", "jaxsparse.formats"},
@@ -170,7 +171,7 @@ def test_the_table_names_only_files_that_exist():
 @pytest.mark.parametrize("path", sorted(ROOT.glob("torch_bridge/*.py")), ids=lambda p: p.name)
 def test_the_bridge_imports_downwards(path):
     table = {f"torch_bridge.{name}" for name in BRIDGE[path.name]} | SPARSE.get(path.name, set())
-    own = {"transformers"} if path.name == "hugging_face.py" else set()
+    own = {"hugging_face.py": {"transformers"}, "lora.py": {"peft"}}.get(path.name, set())
     names = {name for name in imported(path) if name.split(".")[0] not in FOREIGN | own | sys.stdlib_module_names}
     assert names <= table
 
