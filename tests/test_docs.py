@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 def test_the_code_of_coming_from_runs_in_order(tmp_path, monkeypatch, capsys):
     pytest.importorskip("torch", reason="torch is not installed")
     for package in ("transformers", "peft"):
