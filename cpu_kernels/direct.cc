@@ -119,7 +119,7 @@ class Operands {
   }
 
   const JaxsparseCaller& caller_;
-  DLTensor tensors_[8];
+  DLTensor tensors_[11];  // as many as any call has
   int count_ = 0;
   bool failed_ = false;
   std::string wrong_;
@@ -154,14 +154,20 @@ EXPORTED const char* jaxsparse_cpu_direct_sddmm(const JaxsparseCaller* caller, v
       [&](const Pool& pool) { return call_sddmm(bx, bd, i, bv, {in, out, block_in, block_out}, pool); });
 }
 
-EXPORTED const char* jaxsparse_cpu_direct_spmm_grads(const JaxsparseCaller* caller, void* x, void* dy, void* values,
-                                                     void* ptr, void* index, void* order, void* dx, void* dvalues,
-                                                     int64_t in, int64_t out) {
+EXPORTED const char* jaxsparse_cpu_direct_spmm_backward(const JaxsparseCaller* caller, void* x, void* dy, void* values,
+                                                        void* col_ptr, void* row_index, void* row_ptr,
+                                                        void* col_index, void* order, void* dx, void* dvalues,
+                                                        void* dbias, int64_t in, int64_t out, int64_t block_in,
+                                                        int64_t block_out, int transposed) {
   Operands get(*caller);
   const Buffer bx = get("x", x), bd = get("dy", dy), bv = get("blocks", values);
-  const Buffer bdx = get("dx", dx), bdv = get("dblocks", dvalues);
-  const Index i{get("the index pointers", ptr), get("the index", index), get("the order", order)};
-  return get.run([&](const Pool& pool) { return call_spmm_grads(bx, bd, bv, i, bdx, bdv, in, out, pool); });
+  const Index columns{get("the index pointers", col_ptr), get("the index", row_index), get("the order", nullptr)};
+  const Index rows{get("the index pointers", row_ptr), get("the index", col_index), get("the order", order)};
+  const Buffer bdx = get("dx", dx), bdv = get("dblocks", dvalues), bdb = get("dbias", dbias);
+  return get.run([&](const Pool& pool) {
+    return call_spmm_backward(bx, bd, bv, columns, rows, bdx, bdv, bdb, {in, out, block_in, block_out}, transposed,
+                              pool);
+  });
 }
 
 EXPORTED const char* jaxsparse_cpu_direct_block_diag_matmul(const JaxsparseCaller* caller, void* x, void* values,
@@ -177,6 +183,17 @@ EXPORTED const char* jaxsparse_cpu_direct_block_diag_outer(const JaxsparseCaller
   Operands get(*caller);
   const Buffer bx = get("x", x), bd = get("dy", dy), bv = get("blocks", values);
   return get.run([&](const Pool& pool) { return call_block_diag_outer(bx, bd, bv, pool); });
+}
+
+EXPORTED const char* jaxsparse_cpu_direct_block_diag_backward(const JaxsparseCaller* caller, void* x, void* dy,
+                                                              void* values, void* dx, void* dvalues, void* dbias,
+                                                              int transposed) {
+  Operands get(*caller);
+  const Buffer bx = get("x", x), bd = get("dy", dy), bv = get("blocks", values);
+  const Buffer bdx = get("dx", dx), bdv = get("dblocks", dvalues), bdb = get("dbias", dbias);
+  return get.run([&](const Pool& pool) {
+    return call_block_diag_backward(bx, bd, bv, bdx, bdv, bdb, transposed, pool);
+  });
 }
 
 }  // extern "C"

@@ -22,14 +22,15 @@ _POINTER, _I64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES: dict[str, tuple[int, list[Any]]] = {  # how many tensors, and what follows them
     "spmm": (7, [_I64, _I64, _I64, _I64, _INT, _I64]),
     "sddmm": (5, [_I64, _I64, _I64, _I64]),
-    "spmm_grads": (8, [_I64, _I64]),
+    "spmm_backward": (11, [_I64, _I64, _I64, _I64, _INT]),
     "block_diag_matmul": (4, [_INT, _I64]),
     "block_diag_outer": (3, []),
+    "block_diag_backward": (6, [_INT]),
 }
 
 
 class Kernels:
-    """The five kernels for one kind of tensor. An absent tensor is None; results are written, not returned.
+    """The kernels for one kind of tensor. An absent tensor is None; results are written, not returned.
 
     Args:
       torch: the module torch, or None for NumPy arrays.
@@ -40,9 +41,10 @@ class Kernels:
 
     _spmm: Any
     _sddmm: Any
-    _spmm_grads: Any
+    _spmm_backward: Any
     _block_diag_matmul: Any
     _block_diag_outer: Any
+    _block_diag_backward: Any
 
     def __init__(self, torch: Any = None):
         if reason := why_not(torch):
@@ -70,9 +72,19 @@ class Kernels:
         """Writes x^T dy at the stored entries to `values`; `lines` are pointers and index by columns."""
         _check("sddmm", self._sddmm(self._of, x, dy, *lines, values, *sizes))
 
-    def spmm_grads(self, x, dy, values, lines: Sequence, dx, dvalues, sizes) -> None:
-        """Writes dx = dy W^T and dvalues = x^T dy of single entries in one pass; `lines` are those by rows."""
-        _check("spmm_grads", self._spmm_grads(self._of, x, dy, values, *lines, dx, dvalues, *sizes[:2]))
+    def spmm_backward(self, x, dy, values, index: Sequence, dx, dvalues, dbias, sizes, transposed: bool) -> None:
+        """Writes the gradients of y = x W + bias, or with W^T in place of W; those that are None are not wanted.
+
+        Both gradients of single entries come from one pass over dy.
+
+        Args:
+          index: col_ptr, row_index, row_ptr, col_index and order of a pattern, int32.
+          dbias: float32 or float64, one number per output.
+        """
+        _check(
+            "spmm_backward",
+            self._spmm_backward(self._of, x, dy, values, *index, dx, dvalues, dbias, *sizes, transposed),
+        )
 
     def block_diag_matmul(self, x, blocks, bias, y, transposed: bool, activation: str | None = None) -> None:
         """Writes slice n of x times block n, or times its transpose, to slice n of y."""
@@ -82,6 +94,11 @@ class Kernels:
     def block_diag_outer(self, x, dy, blocks) -> None:
         """Writes the products of the slices of x and of dy to `blocks`."""
         _check("block_diag_outer", self._block_diag_outer(self._of, x, dy, blocks))
+
+    def block_diag_backward(self, x, dy, blocks, dx, dblocks, dbias, transposed: bool) -> None:
+        """Writes the gradients of `block_diag_matmul`; those that are None are not wanted."""
+        wrong = self._block_diag_backward(self._of, x, dy, blocks, dx, dblocks, dbias, transposed)
+        _check("block_diag_backward", wrong)
 
 
 def why_not(torch: Any = None) -> str | None:

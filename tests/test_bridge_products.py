@@ -176,11 +176,11 @@ def test_a_batch_under_vmap_is_one_call_of_the_kernel(monkeypatch):
 def test_both_gradients_of_single_entries_come_from_one_kernel(monkeypatch):
     matrix, _, x, w, bias, dy = problem(MATRICES["single entries"], False)
     calls = []
-    for name in ("multiply", "sample", "gradients"):
+    for name in ("multiply", "sample", "backward"):
         kernel = getattr(Sparse, name)
         monkeypatch.setattr(Sparse, name, lambda self, *a, k=kernel, name=name: calls.append(name) or k(self, *a))
     torch.autograd.grad(products.multiply(matrix, x, w, bias), (x, w), dy)
-    assert calls == ["multiply", "gradients"]
+    assert calls == ["multiply", "backward"]
 
 
 STRANGE = {
@@ -201,6 +201,38 @@ def test_operands_of_every_layout_are_read_right(make, name):
     dy = STRANGE[name](torch.randn(6, bias.shape[0], dtype=torch.float64))
     expected = torch.autograd.grad(x @ dense(w), w, dy)[0]
     torch.testing.assert_close(products.sample(matrix, x, dy), expected)
+
+
+@each_matrix
+@each_view
+def test_a_bias_and_an_index_of_strides_are_read_right(make, transposed):
+    matrix, dense, x, w, bias, dy = problem(make, transposed)
+    strided = [torch.stack([t, t + 1], -1)[..., 0] for t in (bias.detach(), *matrix.index)]
+    assert not any(t.is_contiguous() for t in strided)
+    bias, matrix = strided[0].requires_grad_(), matrix.with_index(strided[1:])
+    y = products.multiply(matrix, x, w, bias)
+    torch.testing.assert_close(y, x @ dense(w) + bias)
+    for got, want in zip(
+        torch.autograd.grad(y, (x, w, bias), dy),
+        torch.autograd.grad(x @ dense(w) + bias, (x, w, bias), dy),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_layers_whose_parameters_and_patterns_are_stacked_on_their_last_dimension():
+    one, two = (SparseLinear(12, 8, pattern=pattern_of((12, 8), (1, 1))) for _ in range(2))
+    tensors = [
+        (a.detach(), b.detach()) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    ]
+    stacked = [torch.stack(pair, -1) for pair in tensors]
+    x = torch.randn(5, 12)
+
+    def call(*values):
+        return func.functional_call(one, dict(zip(one.state_dict(), values, strict=True)), (x,))
+
+    got = func.vmap(call, in_dims=tuple(t.ndim - 1 for t in stacked))(*stacked)
+    torch.testing.assert_close(got, torch.stack([one(x), two(x)]))
 
 
 def test_a_batch_of_cotangents_by_the_old_vmap_is_refused_with_the_way_out():

@@ -105,14 +105,15 @@ BRIDGE = {
         "_draw",
         "_in_jax",
         "_index",
+        "_layer",
         "_linear",
         "_matrix",
         "_product",
         "_stored",
         "_views",
         "_watch",
-        "products",
     },
+    "_layer.py": {"_matrix", "_views", "_watch", "products"},
     "patch.py": {"_linear", "nn"},
 }
 SPARSE = {  # only the layers, and what makes or places them, know jaxsparse

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cpu_kernels import direct
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # as the kernels have them
+    "relu": F.relu,
+    "gelu": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 _WIDE = (torch.float32, torch.float64)
 # Features of a block from which on torch's own product is faster, by the instruction set of the kernels.
 _DENSE = {
@@ -32,7 +39,7 @@ def _kernels() -> direct.Kernels:
     return direct.Kernels(torch)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(eq=False, slots=True)
 class Sparse:
     """A matrix of which blocks, or single entries, are stored.
 
@@ -45,31 +52,41 @@ class Sparse:
     index: tuple[Tensor, ...]
     sizes: tuple[int, int, int, int]
     transposed: bool = False
+    _plain: tuple[Tensor, ...] | None = dataclasses.field(default=None, init=False, repr=False)
 
     @property
     def T(self) -> Sparse:
         return Sparse(self.index, self.sizes, not self.transposed)
 
     def with_index(self, index: Sequence[Tensor]) -> Sparse:
+        if all(map(operator.is_, index, self.index)):
+            return self
         return Sparse(tuple(index), self.sizes, self.transposed)
 
-    def multiply(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        y = like(x, self.sizes[0 if self.transposed else 1])
-        lines = self.index[2:] if self.transposed else (*self.index[:2], None)
-        _kernels().spmm(plain(x), plain(w), lines, bias, y, self.sizes, self.transposed)
+    def multiply(self, x: Tensor, w: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
+        y, index = like(x, self.sizes[0 if self.transposed else 1]), self._plain_index()
+        lines = index[2:] if self.transposed else (index[0], index[1], None)
+        bias = bias if bias is None else plain(bias)
+        _kernels().spmm(plain(x), plain(w), lines, bias, y, self.sizes, self.transposed, activation)
         return y
 
     def sample(self, x: Tensor, dy: Tensor) -> Tensor:
         x, dy = (dy, x) if self.transposed else (x, dy)
         values = x.new_empty(self.values_shape)
-        _kernels().sddmm(plain(x), plain(dy), self.index[:2], values, self.sizes)
+        _kernels().sddmm(plain(x), plain(dy), self._plain_index()[:2], values, self.sizes)
         return values
 
-    def gradients(self, x: Tensor, w: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(self, x: Tensor, w: Tensor, dy: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        """(dy W^T, sample(x, dy), the sum of dy over rows) by one call; None for those that are not wanted."""
+        dy, w = plain(dy), plain(w)
+        dx, dw, db = _results(dy, w, self.sizes[1 if self.transposed else 0], wanted)
+        how = self._plain_index(), dx, dw, db, self.sizes, self.transposed
+        _kernels().spmm_backward(plain(x), dy, w, *how)
+        return dx, dw, sum_of_rows(dy) if wanted[2] and db is None else db
+
+    def gradients(self, x: Tensor, w: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
         """(dy W^T, sample(x, dy)) of single entries stored by column, in one pass over dy."""
-        dx, dw = like(x, self.sizes[0]), w.new_empty(w.shape)
-        _kernels().spmm_grads(plain(x), plain(dy), plain(w), self.index[2:], dx, dw, self.sizes)
-        return dx, dw
+        return self.backward(x, w, dy, (True, True, False))[:2]
 
     @property
     def fuses_gradients(self) -> bool:
@@ -79,7 +96,8 @@ class Sparse:
         """The method of this name as one of torch's operators."""
         index, sizes = list(self.index), list(self.sizes)
         if name == "multiply":
-            return torch.ops.jaxsparse.spmm(*operands, index, sizes, self.transposed)
+            *operands, activation = operands
+            return torch.ops.jaxsparse.spmm(*operands, index, sizes, self.transposed, activation)
         if name == "gradients":
             return torch.ops.jaxsparse.spmm_grads(*operands, index, sizes)
         return torch.ops.jaxsparse.sddmm(*(operands[::-1] if self.transposed else operands), index, sizes)
@@ -88,6 +106,11 @@ class Sparse:
     def values_shape(self) -> tuple[int, ...]:
         nnzb, (i, o) = self.index[1].shape[0], self.sizes[2:]
         return (nnzb,) if (i, o) == (1, 1) else (nnzb, i, o)
+
+    def _plain_index(self) -> tuple[Tensor, ...]:
+        if self._plain is None:
+            self._plain = tuple(map(plain, self.index))
+        return self._plain
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -106,11 +129,13 @@ class Diagonal:
     def with_index(self, index: Sequence[Tensor]) -> Diagonal:
         return self
 
-    def multiply(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, w: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
         if self._is_dense_work(x, _DENSE["backward" if self.transposed else "forward"]):
-            return self._batched(x, w.mT if self.transposed else w, bias)
+            y = self._batched(x, w.mT if self.transposed else w, bias)
+            return ACTIVATIONS[activation](y) if activation else y
         y = like(x, self.sizes[0] * self.sizes[1 if self.transposed else 2])
-        _kernels().block_diag_matmul(plain(x), plain(w), bias, y, self.transposed)
+        bias = bias if bias is None else plain(bias)
+        _kernels().block_diag_matmul(plain(x), plain(w), bias, y, self.transposed, activation)
         return y
 
     def sample(self, x: Tensor, dy: Tensor) -> Tensor:
@@ -120,6 +145,16 @@ class Diagonal:
         values = x.new_empty(self.sizes)
         _kernels().block_diag_outer(plain(x), plain(dy), values)
         return values
+
+    def backward(self, x: Tensor, w: Tensor, dy: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        """(dy W^T, sample(x, dy), the sum of dy over rows); None for those that are not wanted."""
+        if self._is_dense_work(x, _DENSE["backward"]):
+            dx = self.T.multiply(dy, w, None) if wanted[0] else None
+            return dx, self.sample(x, dy) if wanted[1] else None, sum_of_rows(dy) if wanted[2] else None
+        dy, w = plain(dy), plain(w)
+        dx, dw, db = _results(dy, w, self.sizes[0] * self.sizes[2 if self.transposed else 1], wanted)
+        _kernels().block_diag_backward(plain(x), dy, w, dx, dw, db, self.transposed)
+        return dx, dw, sum_of_rows(dy) if wanted[2] and db is None else db
 
     def _batched(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         """The same by one batched product of torch's, on float32 or float64."""
@@ -146,7 +181,8 @@ class Diagonal:
     def operator(self, name: str, *operands) -> Any:
         """The method of this name as one of torch's operators."""
         if name == "multiply":
-            return torch.ops.jaxsparse.block_diag_matmul(*operands, self.transposed)
+            *operands, activation = operands
+            return torch.ops.jaxsparse.block_diag_matmul(*operands, self.transposed, activation)
         operands = operands[::-1] if self.transposed else operands
         return torch.ops.jaxsparse.block_diag_outer(*operands, self.sizes[0])
 
@@ -162,4 +198,17 @@ def plain(t: Tensor) -> Tensor:
 
 def like(x: Tensor, features: int) -> Tensor:
     """An empty tensor of the rows of x."""
-    return x.new_empty((*x.shape[:-1], features))
+    return x.new_empty(*x.shape[:-1], features)  # twice as fast as with a tuple
+
+
+def sum_of_rows(dy: Tensor) -> Tensor:
+    """What a bias is given back."""
+    return (dy if dy.ndim == 2 else dy.reshape(-1, dy.shape[-1])).sum(0)
+
+
+def _results(dy: Tensor, w: Tensor, features: int, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Empty gradients for one call of a kernel, which sums rows of wide numbers only."""
+    for_x, for_w, for_bias = wanted
+    dx = like(dy, features) if for_x else None
+    db = dy.new_empty(dy.shape[-1]) if for_bias and dy.dtype in _WIDE else None
+    return dx, torch.empty_like(w) if for_w else None, db
