@@ -1,8 +1,11 @@
 """The products on CPU tensors, straight to the kernels: values, derivatives in every mode, recordings."""
 
+import types
+
 import pytest
 
 pytest.importorskip("torch", reason="torch_bridge needs torch")
+
 
 import numpy as np
 import torch
@@ -95,10 +98,10 @@ def test_derivatives_of_first_and_second_order_in_both_modes(make, transposed):
 @each_view
 @pytest.mark.parametrize("in_place", [1, 1024])
 def test_large_diagonal_blocks_are_dense_products_of_torchs_own(monkeypatch, transposed, in_place):
-    everything = dict.fromkeys(("avx512", "avx2", "portable"), 1)
-    monkeypatch.setattr(_matrix, "_DENSE", {"forward": everything, "backward": everything})
+    monkeypatch.setattr(_matrix, "_prefers_dense", lambda product, sizes: True)
     monkeypatch.setattr(_matrix, "_IN_PLACE", in_place)
-    monkeypatch.setattr(_matrix, "_kernels", None)  # no kernel is called
+    sums = types.SimpleNamespace(block_diag_backward=lambda x, dy, w, dx, dw, db, transposed: db.copy_(dy.sum((0, 1))))
+    monkeypatch.setattr(_matrix, "_kernels", lambda: sums)  # no other kernel is called
     matrix, dense, x, w, bias, dy = problem(MATRICES["block-diagonal"], transposed)
     torch.testing.assert_close(products.multiply(matrix, x, w, bias), x @ dense(w) + bias)
     for f, operands in (
@@ -108,6 +111,40 @@ def test_large_diagonal_blocks_are_dense_products_of_torchs_own(monkeypatch, tra
     ):
         assert torch.autograd.gradcheck(f, operands, check_forward_ad=True)
         assert torch.autograd.gradgradcheck(f, operands)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("dense", ["multiply", "sample"])
+def test_kernels_and_torchs_own_products_share_a_backward_pass(monkeypatch, dense, wanted):
+    monkeypatch.setattr(_matrix, "_prefers_dense", lambda product, sizes: product == dense)
+    matrix, expand, *operands, dy = problem(MATRICES["block-diagonal"], False)
+    x, w, bias = (t.detach().requires_grad_(k in wanted) for k, t in enumerate(operands))
+    for got, want in zip(
+        torch.autograd.grad(products.multiply(matrix, x, w, bias), [(x, w, bias)[k] for k in wanted], dy.detach()),
+        torch.autograd.grad(x @ expand(w) + bias, [(x, w, bias)[k] for k in wanted], dy.detach()),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+CHOICES = [  # (kernels, product, sizes, torch's own?)
+    ("avx512", "multiply", (16, 256, 256), False),
+    ("avx512", "multiply", (4, 256, 256), True),
+    ("avx512", "multiply", (16, 512, 512), True),
+    ("avx512", "multiply", (1, 128, 128), False),
+    ("avx2", "multiply", (4, 1024, 128), False),
+    ("avx2", "sample", (4, 64, 64), True),
+    ("avx2", "sample", (2, 64, 64), False),
+    ("avx2", "sample", (64, 32, 32), False),
+    ("portable", "multiply", (4, 16, 16), True),
+    ("portable", "sample", (4, 8, 8), False),
+]
+
+
+@pytest.mark.parametrize("isa, product, sizes, dense", CHOICES, ids=str)
+def test_which_products_of_diagonal_blocks_are_torchs_own(monkeypatch, isa, product, sizes, dense):
+    monkeypatch.setattr(_matrix, "_isa", lambda: isa)
+    assert _matrix._prefers_dense.__wrapped__(product, sizes) is dense
 
 
 @each_matrix

@@ -20,11 +20,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # as the kernels have th
     "silu": F.silu,
 }
 _WIDE = (torch.float32, torch.float64)
-# Features of a block from which on torch's own product is faster, by the instruction set of the kernels.
-_DENSE = {
-    "forward": {"avx512": 256, "avx2": 64, "portable": 16},
-    "backward": {"avx512": 64, "avx2": 64, "portable": 16},
-}
 _IN_PLACE = 1024  # features of a block from which on its result is written where it belongs
 WHY_NOT = direct.why_not(torch)  # the reason why CPU tensors can't be multiplied here without JAX, if there is one
 
@@ -32,6 +27,22 @@ WHY_NOT = direct.why_not(torch)  # the reason why CPU tensors can't be multiplie
 @functools.cache
 def _isa() -> str:
     return direct.isa()
+
+
+@functools.cache
+def _prefers_dense(product: str, sizes: tuple[int, int, int]) -> bool:
+    """Whether torch's own batched product is the faster "multiply" or "sample" of `sizes` = (n, i, o).
+
+    As raced on one core for 1 to 1024 rows, by AVX-512 and by AVX2, which agreed (docs/performance.md). Kernels read
+    and write blocks where they lie; torch's product of large blocks uses the cache better, and its weight gradient,
+    for which nothing has to be moved, wins from small sizes on.
+    """
+    n, features = sizes[0], min(sizes[1:])
+    if _isa() == "portable":
+        return features >= 16
+    if product == "sample":
+        return features >= 64 and n * features >= 256
+    return features >= 512 or (features >= 256 and n < 8)
 
 
 @functools.cache
@@ -79,10 +90,12 @@ class Sparse:
     def backward(self, x: Tensor, w: Tensor, dy: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
         """(dy W^T, sample(x, dy), the sum of dy over rows) by one call; None for those that are not wanted."""
         dy, w = plain(dy), plain(w)
-        dx, dw, db = _results(dy, w, self.sizes[1 if self.transposed else 0], wanted)
+        for_x, for_w, for_bias = wanted
+        is_wide = dy.dtype in _WIDE
+        dx, dw, db = _results(dy, w, self.sizes[1 if self.transposed else 0], (for_x, for_w, for_bias and is_wide))
         how = self._plain_index(), dx, dw, db, self.sizes, self.transposed
         _kernels().spmm_backward(plain(x), dy, w, *how)
-        return dx, dw, sum_of_rows(dy) if wanted[2] and db is None else db
+        return dx, dw, db if is_wide or not for_bias else sum_of_rows(dy)
 
     def gradients(self, x: Tensor, w: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
         """(dy W^T, sample(x, dy)) of single entries stored by column, in one pass over dy."""
@@ -130,7 +143,7 @@ class Diagonal:
         return self
 
     def multiply(self, x: Tensor, w: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
-        if self._is_dense_work(x, _DENSE["backward" if self.transposed else "forward"]):
+        if self._is_dense("multiply", x):
             y = self._batched(x, w.mT if self.transposed else w, bias)
             return ACTIVATIONS[activation](y) if activation else y
         y = like(x, self.sizes[0] * self.sizes[1 if self.transposed else 2])
@@ -140,7 +153,7 @@ class Diagonal:
 
     def sample(self, x: Tensor, dy: Tensor) -> Tensor:
         x, dy = (dy, x) if self.transposed else (x, dy)
-        if self._is_dense_work(x, _DENSE["backward"]):
+        if self._is_dense("sample", x):
             return torch.bmm(self._by_block(x).mT, self._by_block(dy))
         values = x.new_empty(self.sizes)
         _kernels().block_diag_outer(plain(x), plain(dy), values)
@@ -148,19 +161,24 @@ class Diagonal:
 
     def backward(self, x: Tensor, w: Tensor, dy: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
         """(dy W^T, sample(x, dy), the sum of dy over rows); None for those that are not wanted."""
-        if self._is_dense_work(x, _DENSE["backward"]):
-            dx = self.T.multiply(dy, w, None) if wanted[0] else None
-            return dx, self.sample(x, dy) if wanted[1] else None, sum_of_rows(dy) if wanted[2] else None
-        dy, w = plain(dy), plain(w)
-        dx, dw, db = _results(dy, w, self.sizes[0] * self.sizes[2 if self.transposed else 1], wanted)
-        _kernels().block_diag_backward(plain(x), dy, w, dx, dw, db, self.transposed)
-        return dx, dw, sum_of_rows(dy) if wanted[2] and db is None else db
+        for_x, for_w, for_bias = wanted
+        dy = plain(dy)
+        dx = self.T.multiply(dy, w, None) if for_x and self._is_dense("multiply", x) else None
+        dw = self.sample(x, dy) if for_w and self._is_dense("sample", x) else None
+        rest = for_x and dx is None, for_w and dw is None, for_bias and dy.dtype in _WIDE
+        db = sum_of_rows(dy) if for_bias and not rest[2] else None
+        if any(rest):
+            w, size_in = plain(w), self.sizes[0] * self.sizes[2 if self.transposed else 1]
+            results = _results(dy, w, size_in, rest)
+            _kernels().block_diag_backward(plain(x), dy, w, *results, self.transposed)
+            dx, dw, db = (b if a is None else a for a, b in zip((dx, dw, db), results, strict=True))
+        return dx, dw, db
 
     def _batched(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         """The same by one batched product of torch's, on float32 or float64."""
         y = like(x, self.sizes[0] * w.shape[2])
         # Small results are cheaper to copy into place than to write there.
-        out = self._by_block(y) if min(self.sizes[1:]) >= _IN_PLACE else None
+        out = self._by_block(y) if self.sizes[0] == 1 or min(self.sizes[1:]) >= _IN_PLACE else None
         if bias is None:
             z = torch.bmm(self._by_block(x), w, out=out)
         else:
@@ -174,9 +192,8 @@ class Diagonal:
         n = self.sizes[0]
         return plain(x).view(-1, n, x.shape[-1] // n).transpose(0, 1)
 
-    def _is_dense_work(self, x: Tensor, least: dict[str, int]) -> bool:
-        """Blocks as large as dense layers: torch's own batched product is faster (docs/performance.md)."""
-        return x.dtype in _WIDE and min(self.sizes[1:]) >= least[_isa()]
+    def _is_dense(self, product: str, x: Tensor) -> bool:
+        return x.dtype in _WIDE and _prefers_dense(product, self.sizes)
 
     def operator(self, name: str, *operands) -> Any:
         """The method of this name as one of torch's operators."""
@@ -209,6 +226,5 @@ def sum_of_rows(dy: Tensor) -> Tensor:
 def _results(dy: Tensor, w: Tensor, features: int, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """Empty gradients for one call of a kernel, which sums rows of wide numbers only."""
     for_x, for_w, for_bias = wanted
-    dx = like(dy, features) if for_x else None
-    db = dy.new_empty(dy.shape[-1]) if for_bias and dy.dtype in _WIDE else None
-    return dx, torch.empty_like(w) if for_w else None, db
+    db = dy.new_empty(dy.shape[-1]) if for_bias else None
+    return like(dy, features) if for_x else None, torch.empty_like(w) if for_w else None, db
