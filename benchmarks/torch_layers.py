@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
 import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +22,6 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import cpu_kernels
 from benchmarks import _measure, _torch_modules
 from torch_bridge import BlockDiagLinear, BlockSparseLinear, SparseLinear, sparsify
 
@@ -48,7 +44,7 @@ def main() -> None:
     families = kept["families"]
     for name in args.only or FAMILIES:
         cells = [_measured(cell, 0.1 if args.quick else args.seconds) for cell in FAMILIES[name](args.quick)]
-        families[name] = {"machine": _machine(), "cells": cells}
+        families[name] = {"machine": _measure.machine(PACKAGES), "cells": cells}
         print(_table(name, cells), flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({"families": families}, indent=1) + "\n")
@@ -214,34 +210,6 @@ def _table(name: str, cells: list[dict]) -> str:
             f"{contender}, {mode}: geometric mean {mean:.2f}x of {len(values)} cells, worst {min(values):.2f}x"
         )
     return "\n".join(lines)
-
-
-def _machine() -> dict:
-    models = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "kernels": cpu_kernels.isa(),
-        "torch_isa": torch.backends.cpu.get_cpu_capability(),
-        "torch_threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
-        "command": " ".join(["python", "benchmarks/torch_layers.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "load_before": os.getloadavg(),
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":
