@@ -11,6 +11,7 @@ from jaxsparse._arguments import features_per_block
 from torch_bridge import _dense, _draw, _index, _layer, _linear, _stored
 from torch_bridge._matrix import Diagonal, Sparse
 from torch_bridge._product import KEPT, Product, through_jax
+from torch_bridge._stored import Stored
 from torch_bridge._views import Views
 from torch_bridge._watch import refuse_script
 
@@ -237,13 +238,13 @@ class BlockSparseLinear(nn.Module):
             raise ValueError(
                 "the weight is on the meta device and has no values to choose from: use to_empty and load."
             )
-        pattern = _stored.chosen(w, density, block, pattern, mask)
-        layer = cls(*dense.shape, pattern=pattern, **dense.options, **options)
-        return _linear.fill(layer, dense, _dense.gather(w, layer.pattern), rescale)
+        stored = _stored.chosen(w, density, block, pattern, mask)
+        layer = cls(*dense.shape, pattern=stored, **dense.options, **options)  # pyright: ignore[reportArgumentType]
+        return _linear.fill(layer, dense, _dense.gather(w, stored), rescale)
 
     def to_linear(self) -> nn.Linear:
         """A `torch.nn.Linear` that computes the same before any activation, zeros stored as zeros."""
-        return _linear.to_dense(self, lambda values: _dense.scatter(values, self.pattern))
+        return _linear.to_dense(self, lambda values: _dense.scatter(values, self._places()))
 
     @classmethod
     def from_sparse(cls, weight: Tensor, bias: Tensor | None = None, **options) -> Self:
@@ -278,7 +279,7 @@ class BlockSparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         index = self._index()
-        return _layer.multiply(self, x, index, self._stored(index))
+        return _layer.multiply(self, x, index, self._matrix_of(index))
 
     def extra_repr(self) -> str:
         return (
@@ -289,7 +290,10 @@ class BlockSparseLinear(nn.Module):
     def _index(self) -> tuple[Tensor, ...]:
         return self._guard(self._buffers)
 
-    def _stored(self, index: tuple[Tensor, ...]) -> Sparse:
+    def _places(self) -> Stored:
+        return Stored(self._index(), self._product.shape, self._product.block, self._product.transposed)
+
+    def _matrix_of(self, index: tuple[Tensor, ...]) -> Sparse:
         """The matrix of these buffers, which are the same from call to call."""
         if torch.compiler.is_compiling():
             return Sparse(index, *self._product.stored)
