@@ -2,7 +2,8 @@
 
 Every contender of a cell is a torch module, called as a model calls it: after a torch operator on its input. They take
 turns in one process on the same numbers (`_measure.py`). A step is forward, backward to the input and the parameters,
-and the optimizer. `--only FAMILY` runs one family; what has run is kept in the results' file.
+and the optimizer. "compiled" is the same under torch.compile. `--only FAMILY` runs one family; what has run is kept in
+the results' file, and all of it is in the picture beside that.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import _measure, _torch_modules
+from benchmarks import _measure, _torch_figure, _torch_modules
 from torch_bridge import BlockDiagLinear, BlockSparseLinear, SparseLinear, sparsify
 
 PACKAGES = ("torch", "jax", "sparselab", "transformers", "numpy")
@@ -48,7 +49,7 @@ def main() -> None:
         print(_table(name, cells), flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({"families": families}, indent=1) + "\n")
-    print(f"numbers: {out}")
+    print(f"numbers: {out}\npicture: {_torch_figure.draw(families, out.with_suffix('.png'))}")
 
 
 # ---- the cells: (label, mode, {contender: module}, input, optimizer) -----------------------------------------
@@ -58,7 +59,8 @@ class Cell:
     """One workload.
 
     Attributes:
-      label, mode: what it is, and "forward" or "step".
+      label, mode: what it is, and "forward", "backward" (and forward) or "step"; where that begins with "compiled ", of
+        compiled modules.
       modules: by contender, what makes its module; all compute the same but for the pattern they were given.
       x: the input, made anew by a torch operator before each call.
       optimizer: of the steps.
@@ -135,12 +137,29 @@ def roberta(quick: bool) -> Iterator[Cell]:
     yield Cell("encoder, 4 x 128 tokens", "step", modules, tokens, "AdamW")
 
 
+def compiled(quick: bool) -> Iterator[Cell]:
+    size, rows = (64, 8) if quick else (2048, 256)
+    diagonal = BlockDiagLinear(size, size, 16)
+    named: dict[str, Modules] = {"block-diagonal, M=16, F=128": {OURS: lambda: diagonal}}
+    named["block-diagonal, M=16, F=128"] |= _torch_modules.block_diagonal(diagonal)
+    for label, layer in {
+        "unstructured, 10%": SparseLinear(size, size, 0.1),
+        "blocks of 32, 10%": BlockSparseLinear(size, size, 0.1, 32),
+    }.items():
+        named[label] = {OURS: lambda layer=layer: layer, "nn.Linear": layer.to_linear}
+    for label, modules in named.items():
+        fastest = {name: make for name, make in modules.items() if name in (OURS, "nn.Linear", "baddbmm")}
+        for mode in ("forward", "step"):
+            yield Cell(label, f"compiled {mode}", fastest, torch.randn(rows, size), "Adam")
+
+
 FAMILIES: dict[str, Callable[[bool], Iterator[Cell]]] = {
     "overhead": overhead,
     "sparse": sparse,
     "small batch": small_batch,
     "decoder": decoder,
     "roberta": roberta,
+    "compiled": compiled,
     "block-diagonal": block_diagonal,
 }
 
@@ -163,7 +182,11 @@ def _call(module: nn.Module, cell: Cell) -> Callable[[], np.ndarray]:
     def ready() -> torch.Tensor:
         return x + 1 if x.is_floating_point() else x  # as the layer before would leave it
 
-    if cell.mode == "forward":
+    mode = cell.mode.removeprefix("compiled ")
+    if mode != cell.mode:
+        torch.compiler.reset()
+        module = torch.compile(module, fullgraph=True)
+    if mode == "forward":
 
         def forward():
             with torch.no_grad():
@@ -172,7 +195,7 @@ def _call(module: nn.Module, cell: Cell) -> Callable[[], np.ndarray]:
 
         return forward
     cotangent = torch.randn_like(_output(module(ready())))
-    optimizer = OPTIMIZERS[cell.optimizer](module.parameters(), lr=1e-4) if cell.mode == "step" else None
+    optimizer = OPTIMIZERS[cell.optimizer](module.parameters(), lr=1e-4) if mode == "step" else None
 
     def step():
         if optimizer:
