@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from benchmarks import _figure
-from benchmarks._figure import INK, LINE, OURS, PAPER, QUIET, plt
+from benchmarks._figure import INK, OURS, PAPER, QUIET, FuncFormatter, NullFormatter, plt
 
 APART = "block-diagonal"
 
@@ -23,10 +23,11 @@ def draw(families: dict, path: Path) -> Path:
     machine = next(iter(families.values()))["machine"]
     with plt.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": QUIET}):
         figure = plt.figure(figsize=(16, 5.5 + 0.24 * max(len(rows), 12)), facecolor=PAPER)
-        figure.suptitle("Sparse layers in PyTorch, against what one would write in torch", fontsize=19, weight="bold")
+        title = "Sparse layers in PyTorch, against what one would write in torch"
+        figure.suptitle(title, y=0.985, fontsize=19, weight="bold")
         figure.text(
             0.5,
-            0.945,
+            0.935,
             f"{machine['cpu']}, {machine['cores']} cores, {machine['kernels']}, float32; torch "
             f"{machine['versions']['torch']}; {machine['date'][:10]}. A step: forward, both gradients, optimizer.",
             color=QUIET,
@@ -53,8 +54,11 @@ def ratios(cell: dict) -> dict[str, float]:
 def _draw_bars(axes, rows: list[tuple[str, float]]) -> None:
     axes.set_title("Times as fast as the best alternative", loc="left", fontsize=13, weight="bold")
     for y, (_, ratio) in enumerate(rows):
-        axes.barh(y, ratio, color=OURS if ratio >= 1 else LINE, height=0.7)
-        axes.text(ratio, y, f" {ratio:.2f}x", va="center", color=INK)
+        axes.barh(y, ratio - 1, left=1, color=OURS if ratio >= 1 else QUIET, height=0.7)
+        axes.text(max(ratio, 1), y, f" {ratio:.2f}x", va="center", color=INK)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(1, color=INK, linewidth=1)
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)

@@ -138,7 +138,7 @@ def roberta(quick: bool) -> Iterator[Cell]:
 
 
 def compiled(quick: bool) -> Iterator[Cell]:
-    size, rows = (64, 8) if quick else (2048, 256)
+    size, rows = (256, 8) if quick else (2048, 256)
     diagonal = BlockDiagLinear(size, size, 16)
     named: dict[str, Modules] = {"block-diagonal, M=16, F=128": {OURS: lambda: diagonal}}
     named["block-diagonal, M=16, F=128"] |= _torch_modules.block_diagonal(diagonal)
