@@ -183,18 +183,19 @@ def _call(module: nn.Module, cell: Cell) -> Callable[[], np.ndarray]:
         return x + 1 if x.is_floating_point() else x  # as the layer before would leave it
 
     mode = cell.mode.removeprefix("compiled ")
+    call: Callable = module
     if mode != cell.mode:
         torch.compiler.reset()
-        module = torch.compile(module, fullgraph=True)
+        call = torch.compile(module, fullgraph=True)
     if mode == "forward":
 
         def forward():
             with torch.no_grad():
-                module(ready())
+                call(ready())
             return done
 
         return forward
-    cotangent = torch.randn_like(_output(module(ready())))
+    cotangent = torch.randn_like(_output(call(ready())))
     optimizer = OPTIMIZERS[cell.optimizer](module.parameters(), lr=1e-4) if mode == "step" else None
 
     def step():
@@ -202,7 +203,7 @@ def _call(module: nn.Module, cell: Cell) -> Callable[[], np.ndarray]:
             optimizer.zero_grad()
         given = ready()
         given = given.requires_grad_() if given.is_floating_point() else given
-        _output(module(given)).backward(cotangent)
+        _output(call(given)).backward(cotangent)
         if optimizer:
             optimizer.step()
         return done

@@ -13,10 +13,14 @@ from torch.nn import functional as F
 class Stored(Protocol):
     """What of `_stored.Stored` is read here: where blocks lie."""
 
-    index: tuple[Tensor, ...]
-    shape: tuple[int, int]
-    block: tuple[int, int]
-    transposed: bool
+    @property
+    def index(self) -> tuple[Tensor, ...]: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def block(self) -> tuple[int, int]: ...
+    @property
+    def transposed(self) -> bool: ...
 
 
 def gather(w: Tensor, stored: Stored) -> Tensor:

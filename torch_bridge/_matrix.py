@@ -162,17 +162,17 @@ class Diagonal:
     def backward(self, x: Tensor, w: Tensor, dy: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
         """(dy W^T, sample(x, dy), the sum of dy over rows); None for those that are not wanted."""
         for_x, for_w, for_bias = wanted
-        dy = plain(dy)
-        dx = self.T.multiply(dy, w, None) if for_x and self._is_dense("multiply", x) else None
-        dw = self.sample(x, dy) if for_w and self._is_dense("sample", x) else None
-        rest = for_x and dx is None, for_w and dw is None, for_bias and dy.dtype in _WIDE
-        db = sum_of_rows(dy) if for_bias and not rest[2] else None
-        if any(rest):
+        dy, dx, dw, db, is_wide = plain(dy), None, None, None, dy.dtype in _WIDE
+        if for_x and self._is_dense("multiply", x):
+            dx, for_x = self.T.multiply(dy, w, None), False
+        if for_w and self._is_dense("sample", x):
+            dw, for_w = self.sample(x, dy), False
+        if for_x or for_w or (for_bias and is_wide):
             w, size_in = plain(w), self.sizes[0] * self.sizes[2 if self.transposed else 1]
-            results = _results(dy, w, size_in, rest)
-            _kernels().block_diag_backward(plain(x), dy, w, *results, self.transposed)
-            dx, dw, db = (b if a is None else a for a, b in zip((dx, dw, db), results, strict=True))
-        return dx, dw, db
+            own_dx, own_dw, db = _results(dy, w, size_in, (for_x, for_w, for_bias and is_wide))
+            _kernels().block_diag_backward(plain(x), dy, w, own_dx, own_dw, db, self.transposed)
+            dx, dw = own_dx if for_x else dx, own_dw if for_w else dw
+        return dx, dw, db if is_wide or not for_bias else sum_of_rows(dy)
 
     def _batched(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         """The same by one batched product of torch's, on float32 or float64."""

@@ -81,7 +81,7 @@ def of_mask(mask: Any, shape: tuple[int, int], block) -> Stored:
             f"{shape[::-1]}, as the weight of torch.nn.Linear is. Transpose it, or make one of that shape."
         )
     shape, block = check_sizes(shape, block)
-    return _of_marks(_cut(np.asarray(mask).T != 0, block).any((1, 3)), shape, block)
+    return _of_marks(np.any(_cut(np.asarray(mask).T != 0, block), axis=(1, 3)), shape, block)
 
 
 def _of_marks(marked: np.ndarray, shape: tuple[int, int], block: tuple[int, int]) -> Stored:
