@@ -94,7 +94,7 @@ def _draw_dots(axes, run: dict, ours: str) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.invert_yaxis()
-    _quiet(axes)
+    quiet(axes)
     handles = [plt.Line2D([], [], marker="o", color=OURS, linestyle="", markersize=10, label=ours)]
     for name, (color, marker) in PEERS.items():
         handles.append(plt.Line2D([], [], marker=marker, color=color, linestyle="", label=name))
@@ -128,7 +128,7 @@ def _draw_blocks(axes, run: dict, mode: str) -> None:
     cells = [c for c in run["cells"] if c["family"] == "blocks" and c["mode"] == mode]
     title = f"Blocks, {mode}: FLOP rate,\n% of the dense product's"
     table = {(c["block"][0], c["density"]): _ratio_of(run, c) for c in cells}
-    _heat(
+    heat(
         axes,
         table,
         title,
@@ -145,14 +145,15 @@ def _draw_diagonal(axes, run: dict, mode: str) -> None:
     cells = [c for c in run["cells"] if c["family"] == "block-diagonal" and c["mode"] == mode]
     title = f"Block-diagonal, {mode}: speed relative to\nthe best of all alternatives in each cell"
     table = {(c["block"][0], c["num_blocks"]): _ratio_of(run, c) for c in cells}
-    _heat(axes, table, title, "F: block size", "M: number of blocks", lambda v: f"{v:.2f}", str, "RdYlGn", (0.4, 1, 3))
+    heat(axes, table, title, "F: block size", "M: number of blocks", lambda v: f"{v:.2f}", str, "RdYlGn", (0.4, 1, 3))
 
 
 def _ratio_of(run: dict, cell: dict) -> float | None:
     return _goal_of(run, cell).get("ratio")
 
 
-def _heat(axes, table: dict, title: str, rows: str, columns: str, text, column_text, colors: str, scale) -> None:
+def heat(axes, table: dict, title: str, rows: str, columns: str, text, column_text, colors: str, scale) -> None:
+    """A table of numbers, {(row, column): value}, in colours; `scale` is (worst, neutral, best)."""
     axes.set_title(title, loc="left", fontsize=12, weight="bold")
     if not table:
         axes.set_axis_off()
@@ -173,9 +174,10 @@ def _heat(axes, table: dict, title: str, rows: str, columns: str, text, column_t
     axes.set_yticks(range(len(ys)), ys)
     axes.set_xlabel(columns)
     axes.set_ylabel(rows)
-    _quiet(axes)
+    quiet(axes)
 
 
-def _quiet(axes) -> None:
+def quiet(axes) -> None:
+    """No frame, no ticks."""
     axes.spines[:].set_visible(False)
     axes.tick_params(which="both", length=0, labelcolor=INK)

@@ -11,11 +11,8 @@ the reason.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +52,7 @@ def main() -> None:
         _print(f"{name}: {SETTING}={value}", runs[name])
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": _machine(), "runs": runs}, indent=1) + "\n")
+    out.write_text(json.dumps({"machine": _measure.machine(PACKAGES), "runs": runs}, indent=1) + "\n")
     print(f"numbers: {out}")
 
 
@@ -185,27 +182,6 @@ def _step(forward, parameters: list, cotangent: torch.Tensor) -> torch.Tensor:
         p.grad = None
     forward().backward(cotangent)
     return parameters[0].grad
-
-
-def _machine() -> dict:
-    model = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return {
-        "cpu": model[0] if model else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
-        "command": " ".join(["python", "benchmarks/bridge.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _print(title: str, workloads: dict) -> None:

@@ -10,14 +10,11 @@ it touches ten times as many.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import os
-import platform
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -26,13 +23,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import cpu_kernels
-import jaxsparse
 from benchmarks import _figure, _judge, _measure, _peers_jax, _peers_torch, _report
 from benchmarks._problems import Cell, Problem, grid
-from jaxsparse import _backends
 
-PACKAGES = ("jax", "jaxlib", "torch", "sparselab", "numpy", "scipy")
+PACKAGES = ("jaxsparse", "jax", "jaxlib", "torch", "sparselab", "numpy", "scipy")
 DENSE = (*_judge.DENSE, *_judge.PRODUCT)  # timed in turns however slow, where they are what counts
 
 
@@ -40,7 +34,8 @@ def main() -> None:
     args = _arguments()
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    run = {"machine": _machine(), "judged": args.judge, "quick": args.quick, "cells": []}
+    _peers_torch.use_all_cores()
+    run = {"machine": _measure.machine(PACKAGES), "judged": args.judge, "quick": args.quick, "cells": []}
     run["limits"] = _limits(512 if args.quick else 2048) | _measure.cache_rates()
     print(_report.heading(run), flush=True)
     for family, cells in grid(args.quick).items():
@@ -121,34 +116,6 @@ def _limits(n: int) -> dict:
     return _measure.machine_limits(
         lambda: product(xj, xj).block_until_ready(), lambda: xt @ xt, 2 * n**3, many.sum, many.nbytes
     )
-
-
-def _machine() -> dict:
-    reason = _backends.why_not("cpu")
-    return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "kernels": cpu_kernels.isa() if reason is None else f"none: {reason}",
-        "torch_threads": _peers_torch.use_all_cores(),
-        "torch_isa": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "versions": {"jaxsparse": jaxsparse.__version__} | {name: _version(name) for name in PACKAGES},
-        "command": " ".join(["python", "benchmarks/cpu.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "load_before": os.getloadavg(),
-    }
-
-
-def _cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

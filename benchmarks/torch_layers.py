@@ -2,22 +2,20 @@
 
 Every contender of a cell is a torch module, called as a model calls it: after a torch operator on its input. They take
 turns in one process on the same numbers (`_measure.py`). A step is forward, backward to the input and the parameters,
-and the optimizer. `--only FAMILY` runs one family; what has run is kept in the results' file.
+and the optimizer. "compiled" is the same under torch.compile. `--only FAMILY` runs one family; what has run is kept in
+the results' file, and all of it is in the picture beside that.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
 import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +23,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import cpu_kernels
-from benchmarks import _measure, _torch_modules
+from benchmarks import _measure, _torch_figure, _torch_modules
 from torch_bridge import BlockDiagLinear, BlockSparseLinear, SparseLinear, sparsify
 
 PACKAGES = ("torch", "jax", "sparselab", "transformers", "numpy")
@@ -48,11 +45,11 @@ def main() -> None:
     families = kept["families"]
     for name in args.only or FAMILIES:
         cells = [_measured(cell, 0.1 if args.quick else args.seconds) for cell in FAMILIES[name](args.quick)]
-        families[name] = {"machine": _machine(), "cells": cells}
+        families[name] = {"machine": _measure.machine(PACKAGES), "cells": cells}
         print(_table(name, cells), flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({"families": families}, indent=1) + "\n")
-    print(f"numbers: {out}")
+    print(f"numbers: {out}\npicture: {_torch_figure.draw(families, out.with_suffix('.png'))}")
 
 
 # ---- the cells: (label, mode, {contender: module}, input, optimizer) -----------------------------------------
@@ -62,7 +59,8 @@ class Cell:
     """One workload.
 
     Attributes:
-      label, mode: what it is, and "forward" or "step".
+      label, mode: what it is, and "forward", "backward" (and forward) or "step"; where that begins with "compiled ", of
+        compiled modules.
       modules: by contender, what makes its module; all compute the same but for the pattern they were given.
       x: the input, made anew by a torch operator before each call.
       optimizer: of the steps.
@@ -139,12 +137,29 @@ def roberta(quick: bool) -> Iterator[Cell]:
     yield Cell("encoder, 4 x 128 tokens", "step", modules, tokens, "AdamW")
 
 
+def compiled(quick: bool) -> Iterator[Cell]:
+    size, rows = (256, 8) if quick else (2048, 256)
+    diagonal = BlockDiagLinear(size, size, 16)
+    named: dict[str, Modules] = {"block-diagonal, M=16, F=128": {OURS: lambda: diagonal}}
+    named["block-diagonal, M=16, F=128"] |= _torch_modules.block_diagonal(diagonal)
+    for label, layer in {
+        "unstructured, 10%": SparseLinear(size, size, 0.1),
+        "blocks of 32, 10%": BlockSparseLinear(size, size, 0.1, 32),
+    }.items():
+        named[label] = {OURS: lambda layer=layer: layer, "nn.Linear": layer.to_linear}
+    for label, modules in named.items():
+        fastest = {name: make for name, make in modules.items() if name in (OURS, "nn.Linear", "baddbmm")}
+        for mode in ("forward", "step"):
+            yield Cell(label, f"compiled {mode}", fastest, torch.randn(rows, size), "Adam")
+
+
 FAMILIES: dict[str, Callable[[bool], Iterator[Cell]]] = {
     "overhead": overhead,
     "sparse": sparse,
     "small batch": small_batch,
     "decoder": decoder,
     "roberta": roberta,
+    "compiled": compiled,
     "block-diagonal": block_diagonal,
 }
 
@@ -167,23 +182,28 @@ def _call(module: nn.Module, cell: Cell) -> Callable[[], np.ndarray]:
     def ready() -> torch.Tensor:
         return x + 1 if x.is_floating_point() else x  # as the layer before would leave it
 
-    if cell.mode == "forward":
+    mode = cell.mode.removeprefix("compiled ")
+    call: Callable = module
+    if mode != cell.mode:
+        torch.compiler.reset()
+        call = torch.compile(module, fullgraph=True)
+    if mode == "forward":
 
         def forward():
             with torch.no_grad():
-                module(ready())
+                call(ready())
             return done
 
         return forward
-    cotangent = torch.randn_like(_output(module(ready())))
-    optimizer = OPTIMIZERS[cell.optimizer](module.parameters(), lr=1e-4) if cell.mode == "step" else None
+    cotangent = torch.randn_like(_output(call(ready())))
+    optimizer = OPTIMIZERS[cell.optimizer](module.parameters(), lr=1e-4) if mode == "step" else None
 
     def step():
         if optimizer:
             optimizer.zero_grad()
         given = ready()
         given = given.requires_grad_() if given.is_floating_point() else given
-        _output(module(given)).backward(cotangent)
+        _output(call(given)).backward(cotangent)
         if optimizer:
             optimizer.step()
         return done
@@ -214,34 +234,6 @@ def _table(name: str, cells: list[dict]) -> str:
             f"{contender}, {mode}: geometric mean {mean:.2f}x of {len(values)} cells, worst {min(values):.2f}x"
         )
     return "\n".join(lines)
-
-
-def _machine() -> dict:
-    models = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "kernels": cpu_kernels.isa(),
-        "torch_isa": torch.backends.cpu.get_cpu_capability(),
-        "torch_threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
-        "command": " ".join(["python", "benchmarks/torch_layers.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "load_before": os.getloadavg(),
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

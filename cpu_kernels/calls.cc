@@ -6,6 +6,8 @@
 #include <numeric>
 #include <vector>
 
+#include "parallel.h"
+
 namespace jaxsparse_cpu {
 namespace {
 
@@ -72,6 +74,9 @@ struct Needs {
   }
 };
 
+const int64_t kZero = 0;
+const Buffer kNone{Type::i32, 1, &kZero, nullptr};
+
 int64_t slices(int64_t size, int64_t block) { return block > 0 ? (size + block - 1) / block : 0; }
 
 // A block-diagonal matrix is a sparse one whose line n holds the single entry n.
@@ -83,6 +88,56 @@ struct Diagonal {
     return {n, n, n, ptr.data(), ptr.data(), nullptr};
   }
 };
+
+// Rows that are summed before their sum joins the others: the error of one long sum would grow with its length.
+constexpr int64_t kRun = 64;
+constexpr int64_t kColumns = 64;  // that a task sums side by side
+
+template <class S>
+struct ColumnSums {
+  int64_t rows, columns;
+  const S* x;
+  S* sums;
+
+  static void run(const void* self, int64_t task, int) { static_cast<const ColumnSums*>(self)->sum(task * kColumns); }
+  void sum(int64_t first) const {
+    const int64_t count = std::min(kColumns, columns - first);
+    S total[kColumns] = {};
+    for (int64_t row = 0; row < rows; row += kRun) {
+      S some[kColumns] = {};
+      const S* from = x + row * columns + first;
+      for (int64_t r = std::min(kRun, rows - row); r > 0; --r, from += columns)
+        if (count == kColumns)
+          for (int64_t c = 0; c < kColumns; ++c) some[c] += from[c];
+        else
+          for (int64_t c = 0; c < count; ++c) some[c] += from[c];
+      for (int64_t c = 0; c < count; ++c) total[c] += some[c];
+    }
+    std::copy(total, total + count, sums + first);
+  }
+};
+
+template <class S>
+void sum_columns(const Buffer& x, const Buffer& sums, const Pool& pool) {
+  const int64_t columns = sums.count();
+  const ColumnSums<S> work{columns ? x.count() / columns : 0, columns, static_cast<const S*>(x.data),
+                           static_cast<S*>(sums.data)};
+  const Phase phase{(columns + kColumns - 1) / kColumns, ColumnSums<S>::run, &work};
+  run_phases(pool, workers_for(pool, double(x.count())), &phase, 1);
+}
+
+// db = the sum of dy over all rows.
+std::string call_sums(const Buffer& dy, const Buffer& dbias, int64_t features, const Pool& pool) {
+  Dtype dtype{};
+  int64_t rows = 0;
+  Needs needs(dy, &dtype, &rows);
+  needs.that(dtype == Dtype::f32 || dtype == Dtype::f64, "the gradient of a bias must be float32 or float64");
+  needs.rows("dy", dy, features);
+  needs.vector("dbias", dbias, features);
+  if (!needs.wrong.empty()) return needs.wrong;
+  dtype == Dtype::f32 ? sum_columns<float>(dy, dbias, pool) : sum_columns<double>(dy, dbias, pool);
+  return "";
+}
 
 }  // namespace
 
@@ -151,6 +206,23 @@ std::string call_spmm_grads(const Buffer& x, const Buffer& dy, const Buffer& val
   return spmm_grads(p, pool);
 }
 
+std::string call_spmm_backward(const Buffer& x, const Buffer& dy, const Buffer& values, const Index& by_columns,
+                               const Index& by_rows, const Buffer& dx, const Buffer& dvalues, const Buffer& dbias,
+                               const Sizes& sizes, bool transposed, const Pool& pool) {
+  const bool single = sizes.block_in == 1 && sizes.block_out == 1;
+  std::string wrong;
+  if (single && !transposed && dx.count() && dvalues.count()) {
+    wrong = call_spmm_grads(x, dy, values, by_rows, dx, dvalues, sizes.in, sizes.out, pool);
+  } else {
+    if (dx.count())
+      wrong = call_spmm(dy, values, transposed ? by_columns : by_rows, kNone, dx, sizes, !transposed, 0, pool);
+    if (wrong.empty() && dvalues.count())
+      wrong = call_sddmm(transposed ? dy : x, transposed ? x : dy, by_columns, dvalues, sizes, pool);
+  }
+  if (!wrong.empty() || !dbias.count()) return wrong;
+  return call_sums(dy, dbias, transposed ? sizes.in : sizes.out, pool);
+}
+
 std::string call_block_diag_matmul(const Buffer& x, const Buffer& values, const Buffer& bias, const Buffer& y,
                                    bool transposed, int64_t activation, const Pool& pool) {
   Product p{};
@@ -202,6 +274,17 @@ std::string call_block_diag_outer(const Buffer& x, const Buffer& dy, const Buffe
   p.dy = dy.data;
   p.values = values.data;
   return sddmm(p, pool);
+}
+
+std::string call_block_diag_backward(const Buffer& x, const Buffer& dy, const Buffer& values, const Buffer& dx,
+                                     const Buffer& dvalues, const Buffer& dbias, bool transposed, const Pool& pool) {
+  std::string wrong;
+  if (dx.count()) wrong = call_block_diag_matmul(dy, values, kNone, dx, !transposed, 0, pool);
+  if (wrong.empty() && dvalues.count())
+    wrong = call_block_diag_outer(transposed ? dy : x, transposed ? x : dy, dvalues, pool);
+  if (!wrong.empty() || !dbias.count()) return wrong;
+  if (values.rank != 3) return "blocks must have three dimensions";
+  return call_sums(dy, dbias, values.dims[0] * values.dims[transposed ? 1 : 2], pool);
 }
 
 }  // namespace jaxsparse_cpu

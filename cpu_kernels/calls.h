@@ -41,8 +41,14 @@ std::string call_sddmm(const Buffer& x, const Buffer& dy, const Index& index, co
                        const Sizes& sizes, const Pool& pool);
 std::string call_spmm_grads(const Buffer& x, const Buffer& dy, const Buffer& values, const Index& index,
                             const Buffer& dx, const Buffer& dvalues, int64_t in, int64_t out, const Pool& pool);
+// All that a layer's backward pass needs, for y = x W + bias, or with W^T in place of W. An empty result is not wanted.
+std::string call_spmm_backward(const Buffer& x, const Buffer& dy, const Buffer& values, const Index& by_columns,
+                               const Index& by_rows, const Buffer& dx, const Buffer& dvalues, const Buffer& dbias,
+                               const Sizes& sizes, bool transposed, const Pool& pool);
 std::string call_block_diag_matmul(const Buffer& x, const Buffer& values, const Buffer& bias, const Buffer& y,
                                    bool transposed, int64_t activation, const Pool& pool);
 std::string call_block_diag_outer(const Buffer& x, const Buffer& dy, const Buffer& values, const Pool& pool);
+std::string call_block_diag_backward(const Buffer& x, const Buffer& dy, const Buffer& values, const Buffer& dx,
+                                     const Buffer& dvalues, const Buffer& dbias, bool transposed, const Pool& pool);
 
 }  // namespace jaxsparse_cpu

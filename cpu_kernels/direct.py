@@ -16,20 +16,22 @@ from typing import Any
 
 from cpu_kernels._library import opened, why_not_opened
 
-_ACTIVATIONS = (None, "relu", "gelu", "silu")
+_ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
+_FASTCALL = 0x80  # METH_FASTCALL of Python's stable ABI
 _TEAM = ("torch_get_num_threads", "torch_parallel_for")  # C symbols of libtorch since 2.10
 _POINTER, _I64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES: dict[str, tuple[int, list[Any]]] = {  # how many tensors, and what follows them
     "spmm": (7, [_I64, _I64, _I64, _I64, _INT, _I64]),
     "sddmm": (5, [_I64, _I64, _I64, _I64]),
-    "spmm_grads": (8, [_I64, _I64]),
+    "spmm_backward": (11, [_I64, _I64, _I64, _I64, _INT]),
     "block_diag_matmul": (4, [_INT, _I64]),
     "block_diag_outer": (3, []),
+    "block_diag_backward": (6, [_INT]),
 }
 
 
 class Kernels:
-    """The five kernels for one kind of tensor. An absent tensor is None; results are written, not returned.
+    """The kernels for one kind of tensor. An absent tensor is None; results are written, not returned.
 
     Args:
       torch: the module torch, or None for NumPy arrays.
@@ -40,17 +42,18 @@ class Kernels:
 
     _spmm: Any
     _sddmm: Any
-    _spmm_grads: Any
+    _spmm_backward: Any
     _block_diag_matmul: Any
     _block_diag_outer: Any
+    _block_diag_backward: Any
 
     def __init__(self, torch: Any = None):
         if reason := why_not(torch):
             raise NotImplementedError(f"the cpu kernels can't be called directly: {reason}")
-        self._caller = _of_torch(torch) if torch else _Caller()
-        self._of = ctypes.addressof(self._caller)
+        if torch:
+            opened().jaxsparse_cpu_builtin_caller(ctypes.byref(_of_torch(torch)))
         for name, (tensors, sizes) in _SIGNATURES.items():
-            setattr(self, f"_{name}", _function(name, tensors, sizes, torch is not None))
+            setattr(self, f"_{name}", _builtin(name) if torch else _on_arrays(name, tensors, sizes))
 
     def spmm(self, x, values, lines: Sequence, bias, y, sizes, transposed: bool, activation: str | None = None) -> None:
         """Writes y = activation(x W + bias), or with W^T in place of W.
@@ -63,25 +66,34 @@ class Kernels:
           bias: one number per output, or None.
           sizes: (in, out, i, o) of the stored matrix.
         """
-        number = _ACTIVATIONS.index(activation)
-        _check("spmm", self._spmm(self._of, x, values, *lines, bias, y, *sizes, transposed, number))
+        self._spmm(x, values, *lines, bias, y, *sizes, transposed, _ACTIVATIONS[activation])
 
     def sddmm(self, x, dy, lines: Sequence, values, sizes) -> None:
         """Writes x^T dy at the stored entries to `values`; `lines` are pointers and index by columns."""
-        _check("sddmm", self._sddmm(self._of, x, dy, *lines, values, *sizes))
+        self._sddmm(x, dy, *lines, values, *sizes)
 
-    def spmm_grads(self, x, dy, values, lines: Sequence, dx, dvalues, sizes) -> None:
-        """Writes dx = dy W^T and dvalues = x^T dy of single entries in one pass; `lines` are those by rows."""
-        _check("spmm_grads", self._spmm_grads(self._of, x, dy, values, *lines, dx, dvalues, *sizes[:2]))
+    def spmm_backward(self, x, dy, values, index: Sequence, dx, dvalues, dbias, sizes, transposed: bool) -> None:
+        """Writes the gradients of y = x W + bias, or with W^T in place of W; those that are None are not wanted.
+
+        Both gradients of single entries come from one pass over dy.
+
+        Args:
+          index: col_ptr, row_index, row_ptr, col_index and order of a pattern, int32.
+          dbias: float32 or float64, one number per output.
+        """
+        self._spmm_backward(x, dy, values, *index, dx, dvalues, dbias, *sizes, transposed)
 
     def block_diag_matmul(self, x, blocks, bias, y, transposed: bool, activation: str | None = None) -> None:
         """Writes slice n of x times block n, or times its transpose, to slice n of y."""
-        number = _ACTIVATIONS.index(activation)
-        _check("block_diag_matmul", self._block_diag_matmul(self._of, x, blocks, bias, y, transposed, number))
+        self._block_diag_matmul(x, blocks, bias, y, transposed, _ACTIVATIONS[activation])
 
     def block_diag_outer(self, x, dy, blocks) -> None:
         """Writes the products of the slices of x and of dy to `blocks`."""
-        _check("block_diag_outer", self._block_diag_outer(self._of, x, dy, blocks))
+        self._block_diag_outer(x, dy, blocks)
+
+    def block_diag_backward(self, x, dy, blocks, dx, dblocks, dbias, transposed: bool) -> None:
+        """Writes the gradients of `block_diag_matmul`; those that are None are not wanted."""
+        self._block_diag_backward(x, dy, blocks, dx, dblocks, dbias, transposed)
 
 
 def why_not(torch: Any = None) -> str | None:
@@ -99,7 +111,10 @@ def isa() -> str:
 class _Caller(ctypes.Structure):
     """Whose tensors and threads a call uses; direct.cc says what each field is."""
 
-    _fields_ = [(name, _POINTER) for name in ("borrow", "none", "threads", "parallel_for", "unlock", "lock")]
+    _fields_ = [
+        *[(name, _POINTER) for name in ("borrow", "none", "threads", "parallel_for", "unlock", "lock")],
+        *[(name, _POINTER) for name in ("number", "keep", "refuse", "error")],
+    ]
 
 
 class _Exchange(ctypes.Structure):
@@ -112,10 +127,13 @@ class _Exchange(ctypes.Structure):
     ]
 
 
+@functools.cache
 def _of_torch(torch: Any) -> _Caller:
-    team = [getattr(_torch_library(torch), name) for name in _TEAM]
-    lock = [ctypes.pythonapi.PyEval_SaveThread, ctypes.pythonapi.PyEval_RestoreThread]
-    return _Caller(_exchange(torch).borrow, id(None), *[ctypes.cast(f, _POINTER).value for f in (*team, *lock)])
+    team, python = [getattr(_torch_library(torch), name) for name in _TEAM], ctypes.pythonapi
+    lock = [python.PyEval_SaveThread, python.PyEval_RestoreThread]
+    functions = [*team, *lock, python.PyLong_AsLongLong, python.Py_IncRef, python.PyErr_SetString]
+    pointers = [ctypes.cast(f, _POINTER).value for f in functions]
+    return _Caller(_exchange(torch).borrow, id(None), *pointers, id(ValueError))
 
 
 def _missing_in(torch: Any) -> str | None:
@@ -137,20 +155,38 @@ def _torch_library(torch: Any) -> ctypes.CDLL | None:
     return None if path is None else ctypes.CDLL(str(path))
 
 
-def _function(name: str, tensors: int, sizes: list[Any], for_torch: bool) -> Any:
-    """A kernel of the library. Python's lock is held on entry where tensors are Python's objects."""
-    kind, tensor = (ctypes.PyDLL, ctypes.py_object) if for_torch else (ctypes.CDLL, _POINTER)
-    function = getattr(kind(opened()._name), f"jaxsparse_cpu_direct_{name}")
-    function.restype, function.argtypes = ctypes.c_char_p, [_POINTER, *[tensor] * tensors, *sizes]
-    if for_torch:
-        return function
+class _Method(ctypes.Structure):
+    """How Python describes a builtin function, PyMethodDef."""
 
-    def on_arrays(caller: int, *arguments):
+    _fields_ = [("name", ctypes.c_char_p), ("function", _POINTER), ("flags", _INT), ("doc", ctypes.c_char_p)]
+
+
+@functools.cache
+def _method(name: str) -> _Method:
+    function = ctypes.cast(getattr(opened(), f"jaxsparse_cpu_builtin_{name}"), _POINTER)
+    return _Method(name.encode(), function, _FASTCALL, None)  # kept, as the builtin function points to it
+
+
+def _builtin(name: str) -> Any:
+    """A kernel on torch's tensors."""
+    new = ctypes.pythonapi["PyCFunction_NewEx"]
+    new.restype, new.argtypes = ctypes.py_object, [_POINTER, _POINTER, _POINTER]
+    return new(ctypes.addressof(_method(name)), None, None)
+
+
+def _on_arrays(name: str, tensors: int, sizes: list[Any]) -> Any:
+    """A kernel on NumPy's arrays."""
+    function, alone = opened()[f"jaxsparse_cpu_direct_{name}"], _Caller()
+    function.restype, function.argtypes = ctypes.c_char_p, [_POINTER, *[_POINTER] * tensors, *sizes]
+
+    def call(*arguments) -> None:
         kept = [None if a is None else a.__dlpack__() for a in arguments[:tensors]]
         pointers = [None if capsule is None else _capsule_pointer()(capsule, b"dltensor") for capsule in kept]
-        return function(caller, *pointers, *arguments[tensors:])
+        wrong = function(ctypes.addressof(alone), *pointers, *arguments[tensors:])
+        if wrong is not None:
+            raise ValueError(f"cpu_kernels.{name}: {wrong.decode()}.")
 
-    return on_arrays
+    return call
 
 
 @functools.cache
@@ -158,8 +194,3 @@ def _capsule_pointer() -> Any:
     function = ctypes.pythonapi["PyCapsule_GetPointer"]
     function.restype, function.argtypes = _POINTER, [ctypes.py_object, ctypes.c_char_p]
     return function
-
-
-def _check(name: str, wrong: bytes | None) -> None:
-    if wrong is not None:
-        raise ValueError(f"cpu_kernels.{name}: {wrong.decode()}.")

@@ -65,7 +65,7 @@ def test_gradients_equal_those_in_jax_bit_for_bit(make, dtype, backend):
     got = torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), cotangent)
     arrays = torch_to_jax((x, layer.weight, layer.bias))
     want = list(jax.jit(lambda g, *a: jax.vjp(jax_product(layer), *a)[1](g))(torch_to_jax(cotangent), *arrays))
-    if backend is None and not products.WHY_NOT:  # without JAX, the sum over rows is torch's
+    if dtype == torch.bfloat16 and backend is None and not products.WHY_NOT:  # this sum over rows is torch's
         want[2] = torch_to_jax(cotangent.sum(0))
     for ours, theirs in zip(got, want, strict=True):
         assert ours.dtype == dtype

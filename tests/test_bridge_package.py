@@ -61,6 +61,39 @@ model(torch.ones(2, 16)).sum().backward()
     assert loaded_by(code) == set()
 
 
+KEPT = {
+    "blocks": '{"kind": "block_sparse", "density": 0.5, "block": (4, 2)}',
+    "entries": '{"kind": "sparse", "density": 0.5}',
+    "the diagonal": '{"kind": "block_diag", "num_blocks": 2}',
+}
+
+
+@direct
+@pytest.mark.parametrize("rule", KEPT.values(), ids=KEPT)
+def test_a_trained_model_is_made_sparse_called_and_made_dense_again_without_jax(rule):
+    code = f"""
+model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 3))
+print(torch_bridge.sparsify(model, [("0", {rule})], rescale=True), file=sys.stderr)
+torch_bridge.sparsify(model, [("1", {{"kind": "sparse", "density": 0.5}})], only_if_faster=True, batch=2)
+model(torch.ones(2, 16)).sum().backward()
+y = model[0](torch.ones(2, 16))
+torch.testing.assert_close(model[0].to_linear()(torch.ones(2, 16)), y)
+"""
+    assert loaded_by(code) == set()
+
+
+@direct
+def test_a_mask_places_a_layer_without_jax():
+    code = """
+mask = torch.rand(8, 16) < 0.5
+torch_bridge.SparseLinear(16, 8, mask=mask)(torch.ones(2, 16))
+torch_bridge.BlockSparseLinear(16, 8, mask=mask, block=2)(torch.ones(2, 16))
+layer = torch_bridge.SparseLinear.from_linear(torch.nn.Linear(16, 8), mask=mask)
+assert ((layer.to_linear().weight != 0) == mask).all()
+"""
+    assert loaded_by(code) == set()
+
+
 def test_the_first_call_through_jax_brings_it_and_no_flax():
     code = """
 layer = torch_bridge.SparseLinear(16, 8, density=0.5, backend="xla")
@@ -107,7 +140,7 @@ def imports_at_once(source: str) -> set[str]:
 
 
 LIGHT = ["nn", "patch", "products", "torch_ops", "_dense", "_draw", "_handles", "_index", "_linear", "_matrix"]
-LIGHT += ["_product", "_stored", "_views", "_watch", "_whole", "_errors", "__init__"]
+LIGHT += ["_layer", "_product", "_stored", "_views", "_watch", "_whole", "_errors", "__init__"]
 
 
 @pytest.mark.parametrize("name", LIGHT)

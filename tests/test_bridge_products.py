@@ -1,8 +1,11 @@
 """The products on CPU tensors, straight to the kernels: values, derivatives in every mode, recordings."""
 
+import types
+
 import pytest
 
 pytest.importorskip("torch", reason="torch_bridge needs torch")
+
 
 import numpy as np
 import torch
@@ -95,10 +98,10 @@ def test_derivatives_of_first_and_second_order_in_both_modes(make, transposed):
 @each_view
 @pytest.mark.parametrize("in_place", [1, 1024])
 def test_large_diagonal_blocks_are_dense_products_of_torchs_own(monkeypatch, transposed, in_place):
-    everything = dict.fromkeys(("avx512", "avx2", "portable"), 1)
-    monkeypatch.setattr(_matrix, "_DENSE", {"forward": everything, "backward": everything})
+    monkeypatch.setattr(_matrix, "_prefers_dense", lambda product, sizes: True)
     monkeypatch.setattr(_matrix, "_IN_PLACE", in_place)
-    monkeypatch.setattr(_matrix, "_kernels", None)  # no kernel is called
+    sums = types.SimpleNamespace(block_diag_backward=lambda x, dy, w, dx, dw, db, transposed: db.copy_(dy.sum((0, 1))))
+    monkeypatch.setattr(_matrix, "_kernels", lambda: sums)  # no other kernel is called
     matrix, dense, x, w, bias, dy = problem(MATRICES["block-diagonal"], transposed)
     torch.testing.assert_close(products.multiply(matrix, x, w, bias), x @ dense(w) + bias)
     for f, operands in (
@@ -108,6 +111,40 @@ def test_large_diagonal_blocks_are_dense_products_of_torchs_own(monkeypatch, tra
     ):
         assert torch.autograd.gradcheck(f, operands, check_forward_ad=True)
         assert torch.autograd.gradgradcheck(f, operands)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("dense", ["multiply", "sample"])
+def test_kernels_and_torchs_own_products_share_a_backward_pass(monkeypatch, dense, wanted):
+    monkeypatch.setattr(_matrix, "_prefers_dense", lambda product, sizes: product == dense)
+    matrix, expand, *operands, dy = problem(MATRICES["block-diagonal"], False)
+    x, w, bias = (t.detach().requires_grad_(k in wanted) for k, t in enumerate(operands))
+    for got, want in zip(
+        torch.autograd.grad(products.multiply(matrix, x, w, bias), [(x, w, bias)[k] for k in wanted], dy.detach()),
+        torch.autograd.grad(x @ expand(w) + bias, [(x, w, bias)[k] for k in wanted], dy.detach()),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+CHOICES = [  # (kernels, product, sizes, torch's own?)
+    ("avx512", "multiply", (16, 256, 256), False),
+    ("avx512", "multiply", (4, 256, 256), True),
+    ("avx512", "multiply", (16, 512, 512), True),
+    ("avx512", "multiply", (1, 128, 128), False),
+    ("avx2", "multiply", (4, 1024, 128), False),
+    ("avx2", "sample", (4, 64, 64), True),
+    ("avx2", "sample", (2, 64, 64), False),
+    ("avx2", "sample", (64, 32, 32), False),
+    ("portable", "multiply", (4, 16, 16), True),
+    ("portable", "sample", (4, 8, 8), False),
+]
+
+
+@pytest.mark.parametrize("isa, product, sizes, dense", CHOICES, ids=str)
+def test_which_products_of_diagonal_blocks_are_torchs_own(monkeypatch, isa, product, sizes, dense):
+    monkeypatch.setattr(_matrix, "_isa", lambda: isa)
+    assert _matrix._prefers_dense.__wrapped__(product, sizes) is dense
 
 
 @each_matrix
@@ -176,11 +213,11 @@ def test_a_batch_under_vmap_is_one_call_of_the_kernel(monkeypatch):
 def test_both_gradients_of_single_entries_come_from_one_kernel(monkeypatch):
     matrix, _, x, w, bias, dy = problem(MATRICES["single entries"], False)
     calls = []
-    for name in ("multiply", "sample", "gradients"):
+    for name in ("multiply", "sample", "backward"):
         kernel = getattr(Sparse, name)
         monkeypatch.setattr(Sparse, name, lambda self, *a, k=kernel, name=name: calls.append(name) or k(self, *a))
     torch.autograd.grad(products.multiply(matrix, x, w, bias), (x, w), dy)
-    assert calls == ["multiply", "gradients"]
+    assert calls == ["multiply", "backward"]
 
 
 STRANGE = {
@@ -201,6 +238,38 @@ def test_operands_of_every_layout_are_read_right(make, name):
     dy = STRANGE[name](torch.randn(6, bias.shape[0], dtype=torch.float64))
     expected = torch.autograd.grad(x @ dense(w), w, dy)[0]
     torch.testing.assert_close(products.sample(matrix, x, dy), expected)
+
+
+@each_matrix
+@each_view
+def test_a_bias_and_an_index_of_strides_are_read_right(make, transposed):
+    matrix, dense, x, w, bias, dy = problem(make, transposed)
+    strided = [torch.stack([t, t + 1], -1)[..., 0] for t in (bias.detach(), *matrix.index)]
+    assert not any(t.is_contiguous() for t in strided)
+    bias, matrix = strided[0].requires_grad_(), matrix.with_index(strided[1:])
+    y = products.multiply(matrix, x, w, bias)
+    torch.testing.assert_close(y, x @ dense(w) + bias)
+    for got, want in zip(
+        torch.autograd.grad(y, (x, w, bias), dy),
+        torch.autograd.grad(x @ dense(w) + bias, (x, w, bias), dy),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_layers_whose_parameters_and_patterns_are_stacked_on_their_last_dimension():
+    one, two = (SparseLinear(12, 8, pattern=pattern_of((12, 8), (1, 1))) for _ in range(2))
+    tensors = [
+        (a.detach(), b.detach()) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    ]
+    stacked = [torch.stack(pair, -1) for pair in tensors]
+    x = torch.randn(5, 12)
+
+    def call(*values):
+        return func.functional_call(one, dict(zip(one.state_dict(), values, strict=True)), (x,))
+
+    got = func.vmap(call, in_dims=tuple(t.ndim - 1 for t in stacked))(*stacked)
+    torch.testing.assert_close(got, torch.stack([one(x), two(x)]))
 
 
 def test_a_batch_of_cotangents_by_the_old_vmap_is_refused_with_the_way_out():

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from jaxsparse.formats import BlockPattern
+
+class Stored(Protocol):
+    """What of `_stored.Stored` is read here: where blocks lie."""
+
+    @property
+    def index(self) -> tuple[Tensor, ...]: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def block(self) -> tuple[int, int]: ...
+    @property
+    def transposed(self) -> bool: ...
 
 
-def gather(w: Tensor, pattern: BlockPattern) -> Tensor:
+def gather(w: Tensor, stored: Stored) -> Tensor:
     """The stored blocks of a dense matrix, zero beyond its edge."""
-    if pattern.transposed:
-        return gather(w.T, pattern.T)
-    (i, o), (rows, cols) = pattern.block, pattern.grid
+    (i, o), row, col, (rows, cols) = _places(stored, w.device)
+    w = w.T if stored.transposed else w
     w = F.pad(w, (0, cols * o - w.shape[1], 0, rows * i - w.shape[0])).reshape(rows, i, cols, o)
-    row, col = _places(pattern, w.device)
-    return w[row, :, col].reshape(pattern.values_shape)
+    values = w[row, :, col]
+    return values.reshape(-1) if (i, o) == (1, 1) else values
 
 
-def scatter(values: Tensor, pattern: BlockPattern) -> Tensor:
+def scatter(values: Tensor, stored: Stored) -> Tensor:
     """The dense matrix, zeros where nothing is stored: the inverse of `gather`."""
-    if pattern.transposed:
-        return scatter(values, pattern.T).T
-    (i, o), (rows, cols) = pattern.block, pattern.grid
+    (i, o), row, col, (rows, cols) = _places(stored, values.device)
     w = values.new_zeros(rows, i, cols, o)
-    row, col = _places(pattern, w.device)
     w[row, :, col] = values.reshape(-1, i, o)
-    return w.reshape(rows * i, cols * o)[: pattern.shape[0], : pattern.shape[1]]
+    w = w.reshape(rows * i, cols * o)
+    return (w.T if stored.transposed else w)[: stored.shape[0], : stored.shape[1]]
 
 
 def gather_diagonal(w: Tensor, num_blocks: int) -> Tensor:
@@ -52,6 +59,9 @@ def lost_scale(before: Tensor, after: Tensor) -> float:
     return norms[0] / norms[1] if norms[1] else 1.0
 
 
-def _places(pattern: BlockPattern, device: torch.device) -> list[Tensor]:
-    """Block row and block column of every stored block."""
-    return [torch.tensor(np.asarray(index), dtype=torch.int64, device=device) for index in (pattern.rows, pattern.cols)]
+def _places(stored: Stored, device: torch.device) -> tuple[tuple[int, int], Tensor, Tensor, tuple[int, int]]:
+    """The block as it is stored, block row and block column of every one, and how many rows and columns there are."""
+    col_ptr, row, row_ptr, *_ = (t.to(device) for t in stored.index)
+    col = torch.arange(len(col_ptr) - 1, device=device).repeat_interleave(col_ptr.diff())
+    i, o = stored.block[:: -1 if stored.transposed else 1]
+    return (i, o), row.long(), col, (len(row_ptr) - 1, len(col_ptr) - 1)

@@ -1,4 +1,4 @@
-"""Random patterns from torch's generator, and what lies beyond a matrix's edge: what a new layer needs, without JAX."""
+"""Patterns of random or of given places, and what lies beyond a matrix's edge: what a new layer needs, without JAX."""
 
 from __future__ import annotations
 
@@ -23,10 +23,14 @@ def random_index(grid: tuple[int, int], count: int) -> tuple[Tensor, ...]:
     slot = np.arange(count) - col_ptr[column]
     phase = _below(np.maximum(per_column, 1))[column]
     low, high = ((s * rows + phase) // k for s in (slot, slot + 1))
-    row = low + _below(high - low)
-    order = np.argsort(row.astype(np.min_scalar_type(rows)), kind="stable")  # of 16 bits it is linear
-    index = col_ptr, row, _pointers(np.bincount(row, minlength=rows)), column[order], order
-    return tuple([torch.from_numpy(a.astype(np.int32)) for a in index])
+    return index_of(low + _below(high - low), column, grid)
+
+
+def index_of(row: np.ndarray, column: np.ndarray, grid: tuple[int, int]) -> tuple[Tensor, ...]:
+    """The five int32 arrays of a pattern whose entries are sorted by column, then row."""
+    order = np.argsort(row.astype(np.min_scalar_type(grid[0])), kind="stable")  # of 16 bits it is linear
+    by_column, by_row = (_pointers(np.bincount(a, minlength=n)) for a, n in ((column, grid[1]), (row, grid[0])))
+    return tuple([torch.from_numpy(a.astype(np.int32)) for a in (by_column, row, by_row, column[order], order)])
 
 
 def inside(index: tuple[Tensor, ...], shape: tuple[int, int], block: tuple[int, int]) -> Tensor | None:

@@ -1,18 +1,16 @@
-"""Where a layer stores: drawn for a density without JAX, or taken from a pattern, a mask or a dense weight with it."""
+"""Where a layer stores: drawn for a density, or taken from a mask, a dense weight, or a pattern, which brings JAX."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from jaxsparse._arguments import check_fits, check_one, refuse_empty
 from jaxsparse._sizes import check_sizes, count_stored, grid_of
 from torch_bridge import _dense, _draw
-
-if TYPE_CHECKING:
-    from jaxsparse.formats import BlockPattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,37 +45,63 @@ def asked_for(shape: tuple[int, int], density, block, pattern, mask) -> Stored:
     Raises:
       ValueError: if they are not one, and for what does not fit.
     """
+    if isinstance(pattern, Stored):  # by `chosen`
+        return pattern
     given = check_one(density, pattern, mask)
     if given == "density":
         return _drawn(shape, density, block)
-    pattern = pattern if given == "pattern" else of_mask(mask, shape, block)
+    if given == "mask":
+        return of_mask(mask, shape, block)
     check_fits(pattern, shape, given)
     from torch_bridge.dlpack import jax_to_torch
 
     return Stored(tuple(jax_to_torch(tuple(pattern.index))), pattern.shape, pattern.block, pattern.transposed)
 
 
-def chosen(w: Tensor, density, block, pattern, mask) -> BlockPattern:
+def chosen(w: Tensor, density, block, pattern, mask) -> Stored:
     """The same of a dense weight (in, out), whose blocks of largest norm a density keeps."""
-    from jaxsparse.formats import BlockPattern
+    shape = w.shape[0], w.shape[1]
+    if check_one(density, pattern, mask) != "density":
+        return asked_for(shape, None, block, pattern, mask)
+    shape, block = check_sizes(shape, block)
+    refuse_empty(density, shape)
+    score = np.square(_cut(_dense.to_numpy(w), block)).sum((1, 3))
+    if np.isnan(score).any():
+        raise ValueError(f"the weight has NaN in {np.isnan(score).sum()} blocks: which ones to keep is undefined.")
+    keep = _highest(score.ravel(), count_stored(density, shape, block))
+    return _of_marks(keep.reshape(score.shape), shape, block)
 
-    given = check_one(density, pattern, mask)
-    if given == "density":
-        return BlockPattern.from_dense(_dense.to_numpy(w), density=density, block=block)  # pyright: ignore[reportArgumentType]
-    return pattern if given == "pattern" else of_mask(mask, (w.shape[0], w.shape[1]), block)
 
-
-def of_mask(mask: Any, shape: tuple[int, int], block) -> BlockPattern:
-    """The pattern of a torch-like (out, in) mask."""
-    from jaxsparse.formats import BlockPattern
-
+def of_mask(mask: Any, shape: tuple[int, int], block) -> Stored:
+    """Where any entry of a torch-like (out, in) mask is set."""
     mask = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else mask
     if getattr(mask, "shape", None) != shape[::-1]:
         raise ValueError(
             f"the mask has shape {getattr(mask, 'shape', None)}, but must be (out_features, in_features) = "
             f"{shape[::-1]}, as the weight of torch.nn.Linear is. Transpose it, or make one of that shape."
         )
-    return BlockPattern.from_mask(mask.T, block)
+    shape, block = check_sizes(shape, block)
+    return _of_marks(np.any(_cut(np.asarray(mask).T != 0, block), axis=(1, 3)), shape, block)
+
+
+def _of_marks(marked: np.ndarray, shape: tuple[int, int], block: tuple[int, int]) -> Stored:
+    """The blocks that are marked on the grid."""
+    cols, rows = np.nonzero(marked.T)
+    return Stored(_draw.index_of(rows, cols, grid_of(shape, block)), shape, block)
+
+
+def _cut(w: np.ndarray, block: tuple[int, int]) -> np.ndarray:
+    """A matrix, zero-padded to whole blocks, as [grid_in, i, grid_out, o]."""
+    (i, o), (rows, cols) = block, grid_of((w.shape[0], w.shape[1]), block)
+    return np.pad(w, ((0, rows * i - w.shape[0]), (0, cols * o - w.shape[1]))).reshape(rows, i, cols, o)
+
+
+def _highest(score: np.ndarray, count: int) -> np.ndarray:
+    """Marks the `count` highest; of equal ones the earlier, row by row. Linear time, unlike a sort."""
+    least = np.partition(score, score.size - count)[score.size - count]
+    keep = score > least
+    keep[np.flatnonzero(score == least)[: count - keep.sum()]] = True
+    return keep
 
 
 def _drawn(shape: tuple[int, int], density: float, block) -> Stored:

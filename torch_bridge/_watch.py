@@ -26,6 +26,7 @@ _transforms = _probe("_are_functorch_transforms_active", 1)
 _top_transform = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
 _tracer = _probe("_get_tracing_state", 1)
 _set_tracer = _probe("_set_tracing_state", 0)
+any_autocast = _probe("_is_any_autocast_enabled", 1)
 _modes = _probe("_len_torch_dispatch_stack", 1)
 _function_modes = _probe("_len_torch_function_stack", 1)
 # Modes that stand before autograd have a stack of their own.

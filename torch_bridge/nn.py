@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from jaxsparse._arguments import features_per_block
-from torch_bridge import _dense, _draw, _index, _linear, _stored, products
+from torch_bridge import _dense, _draw, _index, _layer, _linear, _stored
 from torch_bridge._matrix import Diagonal, Sparse
 from torch_bridge._product import KEPT, Product, through_jax
-from torch_bridge._views import NO_VIEWS, Views
+from torch_bridge._stored import Stored
+from torch_bridge._views import Views
 from torch_bridge._watch import refuse_script
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class BlockDiagLinear(nn.Module):
     """A linear layer whose weight is block-diagonal: `num_blocks` independent layers side by side.
 
-        y[..., n, o] = sum_i  x[..., n, i] * weight[n, i, o]  +  bias[n, o]
+        y[..., n, o] = activation(sum_i  x[..., n, i] * weight[n, i, o]  +  bias[n, o])
 
     It has 1/num_blocks of the parameters and of the work of `torch.nn.Linear`; with one block it is that
     layer.
@@ -35,14 +35,16 @@ class BlockDiagLinear(nn.Module):
       bias, device, dtype: as in `torch.nn.Linear`.
       precision: as in `jax.lax.dot`.
       backend: a back end by name, which then runs or raises; None picks the best.
+      activation: "relu", "gelu" (tanh form), "silu" or None. Where no gradient is asked for, the kernel applies it.
     Attributes:
       weight: [num_blocks, in_features / num_blocks, out_features / num_blocks], each block (in, out). Drawn,
         like the bias, from U(-k, k) with k = 1 / sqrt(in_features / num_blocks): what `torch.nn.Linear` does
         for each block.
       bias: [out_features], or None.
     Raises:
-      ValueError: if `num_blocks` does not divide both sizes, and in a call whose input has another dtype than
-        the weight (outside torch.autocast, which is followed as `torch.nn.Linear` does) or other features.
+      ValueError: if `num_blocks` does not divide both sizes, for an unknown activation, and in a call whose input
+        has another dtype than the weight (outside torch.autocast, which is followed as `torch.nn.Linear` does) or
+        other features.
     Source: the block-diagonal factors of Monarch, Dao et al. 2022, arXiv:2204.00595.
     """
 
@@ -61,8 +63,10 @@ class BlockDiagLinear(nn.Module):
         *,
         precision: jax.lax.PrecisionLike = None,
         backend: str | None = None,
+        activation: str | None = None,
     ):
         super().__init__()
+        self.activation = _layer.known(activation)
         i = features_per_block("in_features", in_features, num_blocks)
         o = features_per_block("out_features", out_features, num_blocks)
         self.in_features, self.out_features, self.num_blocks = in_features, out_features, num_blocks
@@ -70,12 +74,12 @@ class BlockDiagLinear(nn.Module):
         self._product = Product(self._matrix.sizes, precision=precision, backend=backend)
         self._through_jax = through_jax(self._product)
         self._views = Views(KEPT)
-        _make_parameters(self, (num_blocks, i, o), out_features if bias else None, device, dtype)
+        _layer.make_parameters(self, (num_blocks, i, o), out_features if bias else None, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws weight and bias anew, from torch's generator."""
-        _draw_parameters(self, self.in_features // self.num_blocks)
+        _layer.draw_parameters(self, self.in_features // self.num_blocks)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, num_blocks: int, *, rescale: bool = False, **options) -> BlockDiagLinear:
@@ -85,7 +89,7 @@ class BlockDiagLinear(nn.Module):
           linear: or a `Conv1D` of transformers. Weights that hooks or parametrizations compute are taken as the next
             forward pass would have them, and become parameters.
           rescale: multiply the blocks, so that the weight keeps its Frobenius norm.
-          options: `precision` and `backend`.
+          options: `precision`, `backend` and `activation`.
         Raises:
           TypeError, ValueError: for a layer that need not compute x W + b, or whose weight is not known.
         """
@@ -95,23 +99,23 @@ class BlockDiagLinear(nn.Module):
         return _linear.fill(layer, dense, _dense.gather_diagonal(w, num_blocks), rescale)
 
     def to_linear(self) -> nn.Linear:
-        """A `torch.nn.Linear` that computes the same, zeros stored as zeros."""
+        """A `torch.nn.Linear` that computes the same before any activation, zeros stored as zeros."""
         return _linear.to_dense(self, lambda blocks: torch.block_diag(*blocks))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _multiply(self, x, None, self._matrix)
+        return _layer.multiply(self, x, None, self._matrix)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"num_blocks={self.num_blocks}, bias={self.bias is not None}"
+            f"num_blocks={self.num_blocks}, bias={self.bias is not None}{_layer.shown(self.activation)}"
         )
 
 
 class BlockSparseLinear(nn.Module):
     """A linear layer of whose weight only some blocks exist: parameters, gradients and moments are O(nnz).
 
-        y = x W + bias,  with the blocks of W (in, out) in `weight`, placed by the pattern
+        y = activation(x W + bias),  with the blocks of W (in, out) in `weight`, placed by the pattern
 
     Give exactly one of `density`, `pattern` and `mask`. With density 1 it computes what `torch.nn.Linear`
     does. The pattern is in buffers: `state_dict` carries it, and it loads into any layer of the same sizes
@@ -128,12 +132,14 @@ class BlockSparseLinear(nn.Module):
       bias, device, dtype: as in `torch.nn.Linear`.
       precision: as in `jax.lax.dot`.
       backend: a back end by name, which then runs or raises; None picks the best.
+      activation: "relu", "gelu" (tanh form), "silu" or None. Where no gradient is asked for, the kernel applies it.
     Attributes:
       weight: [nnzb, i, o] ([nnz] for a block of (1, 1)), in the order of the pattern. Drawn, like the bias,
         from U(-k, k) with k = 1 / sqrt(fan_in), fan_in being the mean number of stored inputs of an output.
       bias: [out_features], or None.
     Raises:
-      ValueError: if none or several of the three are given, or they are of another shape; and in a call whose
+      ValueError: if none or several of the three are given, or they are of another shape; for an unknown activation;
+        and in a call whose
         input has another dtype than the weight (outside torch.autocast) or other features, whose buffers hold no
         whole pattern, or whose weight was loaded without its pattern.
     """
@@ -156,14 +162,16 @@ class BlockSparseLinear(nn.Module):
         dtype: torch.dtype | None = None,
         precision: jax.lax.PrecisionLike = None,
         backend: str | None = None,
+        activation: str | None = None,
     ):
         super().__init__()
+        self.activation = _layer.known(activation)
         stored = _stored.asked_for((in_features, out_features), density, block, pattern, mask)
         self.in_features, self.out_features = stored.shape
         self._product = Product(stored.values_shape, stored.shape, stored.block, stored.transposed, precision, backend)
         self._through_jax = through_jax(self._product)
         self._views = Views(KEPT)
-        _make_parameters(self, stored.values_shape, out_features if bias else None, device, dtype)
+        _layer.make_parameters(self, stored.values_shape, out_features if bias else None, device, dtype)
         for name, t in zip(_index.NAMES, stored.index, strict=True):
             self.register_buffer(name, t.to(self.weight.device))
         self.register_buffer("sizes", torch.tensor(self._product.sizes, dtype=torch.int32).to(self.weight.device))
@@ -194,7 +202,7 @@ class BlockSparseLinear(nn.Module):
         """
         if not self.order.is_meta and not self._guard.put_back(self._buffers):
             self._guard.fill(self._buffers, _draw.random_index(self._guard.grid, self.weight.shape[0]))
-        _draw_parameters(self, max(1, round(self.density * self.in_features)))
+        _layer.draw_parameters(self, max(1, round(self.density * self.in_features)))
         (rows, cols, *block), _ = self._product.stored
         inside = None if self.weight.is_meta else _draw.inside(self._index(), (rows, cols), (block[0], block[1]))
         if inside is not None:  # what lies beyond the matrix is zero, and stays so: it gets no gradient
@@ -220,7 +228,7 @@ class BlockSparseLinear(nn.Module):
             forward pass would have them, and become parameters.
           density, block, pattern, mask: as for the class, but that `density` keeps the largest blocks.
           rescale: multiply the blocks, so that the weight keeps its Frobenius norm, and outputs about their scale.
-          options: `precision` and `backend`.
+          options: `precision`, `backend` and `activation`.
         Raises:
           TypeError, ValueError: for a layer that need not compute x W + b, or whose weight is not known.
         """
@@ -230,13 +238,13 @@ class BlockSparseLinear(nn.Module):
             raise ValueError(
                 "the weight is on the meta device and has no values to choose from: use to_empty and load."
             )
-        pattern = _stored.chosen(w, density, block, pattern, mask)
-        layer = cls(*dense.shape, pattern=pattern, **dense.options, **options)
-        return _linear.fill(layer, dense, _dense.gather(w, layer.pattern), rescale)
+        stored = _stored.chosen(w, density, block, pattern, mask)
+        layer = cls(*dense.shape, pattern=stored, **dense.options, **options)  # pyright: ignore[reportArgumentType]
+        return _linear.fill(layer, dense, _dense.gather(w, stored), rescale)
 
     def to_linear(self) -> nn.Linear:
-        """A `torch.nn.Linear` that computes the same, zeros stored as zeros."""
-        return _linear.to_dense(self, lambda values: _dense.scatter(values, self.pattern))
+        """A `torch.nn.Linear` that computes the same before any activation, zeros stored as zeros."""
+        return _linear.to_dense(self, lambda values: _dense.scatter(values, self._places()))
 
     @classmethod
     def from_sparse(cls, weight: Tensor, bias: Tensor | None = None, **options) -> Self:
@@ -244,7 +252,7 @@ class BlockSparseLinear(nn.Module):
 
         Args:
           bias: [out], or None for a layer without.
-          options: `precision` and `backend`.
+          options: `precision`, `backend` and `activation`.
         Raises:
           ValueError: for another layout, and for a BSR tensor where the layer stores single entries.
         """
@@ -271,18 +279,21 @@ class BlockSparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         index = self._index()
-        return _multiply(self, x, index, self._stored(index))
+        return _layer.multiply(self, x, index, self._matrix_of(index))
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, density={self.density:.4g}, "
-            f"block={self._product.block}, bias={self.bias is not None}"
+            f"block={self._product.block}, bias={self.bias is not None}{_layer.shown(self.activation)}"
         )
 
     def _index(self) -> tuple[Tensor, ...]:
         return self._guard(self._buffers)
 
-    def _stored(self, index: tuple[Tensor, ...]) -> Sparse:
+    def _places(self) -> Stored:
+        return Stored(self._index(), self._product.shape, self._product.block, self._product.transposed)
+
+    def _matrix_of(self, index: tuple[Tensor, ...]) -> Sparse:
         """The matrix of these buffers, which are the same from call to call."""
         if torch.compiler.is_compiling():
             return Sparse(index, *self._product.stored)
@@ -336,37 +347,3 @@ class SparseLinear(BlockSparseLinear):
 
     def extra_repr(self) -> str:
         return super().extra_repr().replace(f"block={self._product.block}, ", "")
-
-
-def _multiply(layer: BlockDiagLinear | BlockSparseLinear, x: Tensor, index, matrix: Diagonal | Sparse) -> Tensor:
-    weight, bias, views = layer.weight, layer.bias, layer._views
-    if isinstance(x, torch.fx.Proxy) or x.is_meta:  # a graph is made, or only the shape is asked for
-        return matrix.operator("multiply", x, weight, bias)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (_autocast(t, dtype) for t in (x, weight, bias))
-        views = NO_VIEWS  # the casts are new tensors every time
-    if x.dtype != weight.dtype:
-        raise ValueError(
-            f"the input is {x.dtype}, but the weight {weight.dtype}, and nothing is cast silently. Use "
-            f"x.to({weight.dtype}), layer.to({x.dtype}), or torch.autocast."
-        )
-    if products.is_direct(x, weight, layer._product.backend):
-        return products.multiply(matrix, x, weight, bias)
-    return layer._through_jax({"bias": bias, "index": index, "weight": weight, "x": x}, views)
-
-
-def _autocast(t: Tensor | None, dtype: torch.dtype) -> Any:
-    return t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
-
-
-def _make_parameters(layer: nn.Module, shape: tuple[int, ...], out: int | None, device, dtype) -> None:
-    layer.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-    bias = None if out is None else nn.Parameter(torch.empty(out, device=device, dtype=dtype))
-    layer.register_parameter("bias", bias)
-
-
-def _draw_parameters(layer: nn.Module, fan_in: int) -> None:
-    bound = 1 / math.sqrt(fan_in)
-    for p in layer.parameters(recurse=False):
-        nn.init.uniform_(p, -bound, bound)

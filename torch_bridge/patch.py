@@ -215,7 +215,7 @@ def _hooks(layer: nn.Module, kind: str) -> list[Any]:
 
 
 def _density(layer: Any) -> float:
-    return 1 / layer.num_blocks if isinstance(layer, BlockDiagLinear) else layer.pattern.density
+    return 1 / layer.num_blocks if isinstance(layer, BlockDiagLinear) else layer.density
 
 
 def _convert(linear: Any, rule: Rule, rescale: bool, fresh: bool) -> nn.Module:

@@ -1,10 +1,11 @@
 """The products of sparse layers on CPU tensors: C++ kernels in torch's own memory, on torch's own threads.
 
-    multiply(matrix, x, w, bias)    x W + bias
-    sample(matrix, x, dy)           x^T dy where W is stored
+    multiply(matrix, x, w, bias, activation)    activation(x W + bias)
+    sample(matrix, x, dy)                       x^T dy where W is stored
 
-Both are linear in each operand and each is the other's derivative, so that gradients of gradients, in any mode, are
-the same two again. They are also operators of torch's, `torch.ops.jaxsparse`, which is how graphs hold them.
+Without activation both are linear in each operand and each is the other's derivative, so that gradients of gradients,
+in any mode, are the same two again. They are also operators of torch's, `torch.ops.jaxsparse`, which is how graphs hold
+them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
 from torch_bridge import _watch
-from torch_bridge._matrix import WHY_NOT, Matrix
+from torch_bridge._matrix import ACTIVATIONS, WHY_NOT, Matrix, sum_of_rows
 
 _ORDINARY = (Tensor, torch.nn.Parameter)  # whose memory is their own
 
@@ -28,23 +29,40 @@ def is_direct(x: Tensor, w: Tensor, backend: str | None) -> bool:
     return x.is_cpu and w.is_cpu and backend in (None, "cpu") and WHY_NOT is None
 
 
-def multiply(matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W + bias, differentiable in all three.
+def multiply(matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """activation(x W + bias), differentiable in all three.
+
+    The kernel applies the activation to its sums. Where a derivative is to follow, which needs what it was applied to,
+    torch does.
 
     Args:
       x: [..., in], or [..., out] where the matrix is transposed.
       w: the stored values, [nnzb, i, o], or [nnz] for single entries.
       bias: one number per output.
+      activation: one of `ACTIVATIONS`, or None.
     Raises:
       ValueError: for shapes or dtypes that do not fit, and for an index out of range.
     """
-    if _watch.transforms_active() and not _watch.functionalizes():
+    transforms = _watch.transforms_active() and not _watch.functionalizes()
+    if activation and (transforms or is_trained(x, w, bias)):
+        return ACTIVATIONS[activation](multiply(matrix, x, w, bias))
+    if transforms:
         return _MultiplyUnderTransforms.apply(matrix, x, w, bias, *matrix.index)
     if _is_recorded():
-        return matrix.operator("multiply", x, w, bias)
-    if torch.is_grad_enabled():
+        return matrix.operator("multiply", x, w, bias, activation)
+    if torch.is_grad_enabled() and not activation:
         return Multiply.apply(matrix, x, w, bias)
-    return _raw(matrix, "multiply", x, w, bias)
+    return _raw(matrix, "multiply", x, w, bias, activation)
+
+
+def is_trained(*operands: Tensor | None) -> bool:
+    """Whether a derivative by one of them may be asked for."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+
+
+def as_autocast(t: Tensor | None, dtype: torch.dtype) -> Any:
+    """An operand as `torch.nn.functional.linear` takes it under torch.autocast."""
+    return t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
 
 
 def sample(matrix: Matrix, x: Tensor, dy: Tensor) -> Tensor:
@@ -63,14 +81,11 @@ def sample(matrix: Matrix, x: Tensor, dy: Tensor) -> Tensor:
 
 # y = xW + b gives dx = dy W^T, dW = x^T dy where W is stored, db = the sum of dy over rows.
 def _multiply_backward(matrix: Matrix, x: Tensor, w: Tensor, dy: Tensor, wanted: Sequence[bool]):
-    for_x, for_w, for_bias = wanted
-    db = (dy if dy.ndim == 2 else dy.reshape(-1, dy.shape[-1])).sum(0) if for_bias else None
     if torch.is_grad_enabled() or _watch.transforms_active():  # these gradients have derivatives of their own
-        return multiply(matrix.T, dy, w) if for_x else None, sample(matrix, x, dy) if for_w else None, db
-    if for_x and for_w and matrix.fuses_gradients:
-        return *_raw(matrix, "gradients", x, w, dy), db
-    dx = _raw(matrix.T, "multiply", dy, w, None) if for_x else None
-    return dx, _raw(matrix, "sample", x, dy) if for_w else None, db
+        for_x, for_w, for_bias = wanted
+        dx = multiply(matrix.T, dy, w) if for_x else None
+        return dx, sample(matrix, x, dy) if for_w else None, sum_of_rows(dy) if for_bias else None
+    return _raw(matrix, "backward", x, w, dy, wanted)
 
 
 # g = sample(x, dy) with the cotangent G, itself the values of such a matrix: dx = dy G^T and d(dy) = x G.
@@ -85,7 +100,7 @@ class Multiply(torch.autograd.Function):
     def forward(ctx, matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         ctx.matrix = matrix
         ctx.save_for_backward(x, w, *matrix.index)
-        return _raw(matrix, "multiply", x, w, bias)
+        return _raw(matrix, "multiply", x, w, bias, None)
 
     @staticmethod
     def backward(ctx, *cotangents: Tensor):
@@ -114,7 +129,7 @@ class Sample(torch.autograd.Function):
 class _MultiplyUnderTransforms(torch.autograd.Function):
     @staticmethod
     def forward(matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None, *index: Tensor) -> Tensor:
-        return _raw(matrix.with_index(index), "multiply", x, w, bias)
+        return _raw(matrix.with_index(index), "multiply", x, w, bias, None)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -196,16 +211,25 @@ def _raw(matrix: Matrix, name: str, *operands) -> Any:
     where there are shapes alone."""
     x, w, *_ = operands
     if torch._C._len_torch_dispatch_stack() or type(x) not in _ORDINARY or type(w) not in _ORDINARY or x.is_meta:
-        return matrix.operator(name, *operands)
+        return _backward_by_operators(matrix, *operands) if name == "backward" else matrix.operator(name, *operands)
     try:
         return getattr(matrix, name)(*operands)
     except RuntimeError as error:
-        if not any(is_legacy_batchedtensor(t) for t in operands if t is not None):
+        if not any(is_legacy_batchedtensor(t) for t in operands if isinstance(t, Tensor)):
             raise
         raise RuntimeError(
             "autograd.grad(is_grads_batched=True) makes tensors without memory of their own, which the kernels can't "
             "read; torch.func.vmap and jacrev work."
         ) from error
+
+
+def _backward_by_operators(matrix: Matrix, x: Tensor, w: Tensor, dy: Tensor, wanted: Sequence[bool]):
+    for_x, for_w, for_bias = wanted
+    db = sum_of_rows(dy) if for_bias else None
+    if for_x and for_w and matrix.fuses_gradients:
+        return *matrix.operator("gradients", x, w, dy), db
+    dx = matrix.T.operator("multiply", dy, w, None, None) if for_x else None
+    return dx, matrix.operator("sample", x, dy) if for_w else None, db
 
 
 def _is_recorded() -> bool:

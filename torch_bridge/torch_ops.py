@@ -3,45 +3,64 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torch_bridge._matrix import Diagonal, Matrix, Sparse, like
-from torch_bridge.products import Multiply, Sample
+from torch_bridge._matrix import ACTIVATIONS, Diagonal, Matrix, Sparse, like
+from torch_bridge.products import Multiply, Sample, as_autocast, is_trained
 
 _LIBRARY = torch.library.Library("jaxsparse", "DEF")
 _DERIVED = {"multiply": Multiply, "sample": Sample}
+_UNCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
 
 def _define(schema: str, method: str, operands: int, matrix: Callable[..., Matrix], shapes: Callable[..., Any]) -> None:
     """Makes an operator of a method of matrices.
 
     Args:
-      schema: its name and types, as torch writes them.
-      method: the method, which takes the first `operands` arguments.
+      schema: its name and types, as torch writes them; an activation comes last.
+      method: the method, which takes the first `operands` arguments, and the activation.
       matrix: the matrix that the arguments describe.
       shapes: empty results for the arguments.
     """
     name = schema.partition("(")[0]
 
+    def called(*arguments):
+        return getattr(torch.ops.jaxsparse, name)(*arguments)
+
     def kernel(*arguments):
-        return getattr(matrix(*arguments), method)(*arguments[:operands])
+        return getattr(matrix(*arguments), method)(*arguments[:operands], *_activation(arguments))
 
     def derived(*arguments):
         if torch.is_grad_enabled() and method in _DERIVED:
-            return _DERIVED[method].apply(matrix(*arguments), *arguments[:operands])
+            given = _activation(arguments)
+            if not given:
+                return _DERIVED[method].apply(matrix(*arguments), *arguments[:operands])
+            if is_trained(*arguments[:operands]):  # the derivative needs what the activation was applied to
+                return ACTIVATIONS[given[0]](called(*arguments[:-1]))
         with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.jaxsparse, name)(*arguments)
+            return called(*arguments)
+
+    def cast(*arguments):
+        dtype = torch.get_autocast_dtype("cpu")
+        with torch._C._ExcludeDispatchKeyGuard(_UNCAST):
+            return called(*[as_autocast(t, dtype) for t in arguments[:operands]], *arguments[operands:])
 
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, kernel, "CPU")
     _LIBRARY.impl(name, derived, "Autograd")
+    _LIBRARY.impl(name, cast, "AutocastCPU")
     torch.library.register_fake(f"jaxsparse::{name}", shapes, lib=_LIBRARY)
     register_flop_formula(getattr(torch.ops.jaxsparse, name))(_FLOPS[method])
+
+
+def _activation(arguments: Sequence[Any]) -> list[str]:
+    """The name of the activation, where there is one: the dispatcher leaves out what has its default value."""
+    return [a for a in arguments[-1:] if isinstance(a, str)]
 
 
 # From the shapes of the arguments and the result: two for every row of x and every stored number.
@@ -52,7 +71,7 @@ _FLOPS: dict[str, Callable[..., int]] = {
 }
 
 
-def _sparse(index, sizes, transposed: bool = False) -> Sparse:
+def _sparse(index, sizes, transposed: bool = False, activation: str | None = None) -> Sparse:
     return Sparse(tuple(index), tuple(sizes), transposed)
 
 
@@ -67,11 +86,12 @@ def _outer(x, dy, num_blocks) -> Diagonal:
 
 
 _define(
-    "spmm(Tensor x, Tensor values, Tensor? bias, Tensor[] index, int[] sizes, bool transposed) -> Tensor",
+    "spmm(Tensor x, Tensor values, Tensor? bias, Tensor[] index, int[] sizes, bool transposed, "
+    "str? activation=None) -> Tensor",
     "multiply",
     3,
     matrix=lambda x, w, bias, *how: _sparse(*how),
-    shapes=lambda x, w, bias, index, sizes, transposed: _rows(
+    shapes=lambda x, w, bias, index, sizes, transposed, activation=None: _rows(
         x, sizes[1 if transposed else 0], sizes[0 if transposed else 1]
     ),
 )
@@ -90,11 +110,11 @@ _define(
     shapes=lambda x, w, dy, index, sizes: (like(x, sizes[0]), w.new_empty(w.shape)),
 )
 _define(
-    "block_diag_matmul(Tensor x, Tensor blocks, Tensor? bias, bool transposed) -> Tensor",
+    "block_diag_matmul(Tensor x, Tensor blocks, Tensor? bias, bool transposed, str? activation=None) -> Tensor",
     "multiply",
     3,
-    matrix=lambda x, w, bias, transposed: Diagonal(tuple(w.shape), transposed),
-    shapes=lambda x, w, bias, transposed: _rows(
+    matrix=lambda x, w, bias, transposed, activation=None: Diagonal(tuple(w.shape), transposed),
+    shapes=lambda x, w, bias, transposed, activation=None: _rows(
         x, *[w.shape[0] * w.shape[k] for k in ((2, 1) if transposed else (1, 2))]
     ),
 )
