@@ -33,6 +33,7 @@ class Kernels:
 
     Args:
       torch: the module torch, or None for NumPy arrays.
+      library: another build of the kernels than the installed one.
     Raises:
       NotImplementedError: where `why_not(torch)` gives a reason.
       ValueError: in a call, for operands that do not fit, with the numbers.
@@ -44,13 +45,13 @@ class Kernels:
     _block_diag_matmul: Any
     _block_diag_outer: Any
 
-    def __init__(self, torch: Any = None):
+    def __init__(self, torch: Any = None, library: ctypes.CDLL | None = None):
         if reason := why_not(torch):
             raise NotImplementedError(f"the cpu kernels can't be called directly: {reason}")
         self._caller = _of_torch(torch) if torch else _Caller()
         self._of = ctypes.addressof(self._caller)
         for name, (tensors, sizes) in _SIGNATURES.items():
-            setattr(self, f"_{name}", _function(name, tensors, sizes, torch is not None))
+            setattr(self, f"_{name}", _function(library or opened(), name, tensors, sizes, torch is not None))
 
     def spmm(self, x, values, lines: Sequence, bias, y, sizes, transposed: bool, activation: str | None = None) -> None:
         """Writes y = activation(x W + bias), or with W^T in place of W.
@@ -137,10 +138,10 @@ def _torch_library(torch: Any) -> ctypes.CDLL | None:
     return None if path is None else ctypes.CDLL(str(path))
 
 
-def _function(name: str, tensors: int, sizes: list[Any], for_torch: bool) -> Any:
+def _function(library: ctypes.CDLL, name: str, tensors: int, sizes: list[Any], for_torch: bool) -> Any:
     """A kernel of the library. Python's lock is held on entry where tensors are Python's objects."""
     kind, tensor = (ctypes.PyDLL, ctypes.py_object) if for_torch else (ctypes.CDLL, _POINTER)
-    function = getattr(kind(opened()._name), f"jaxsparse_cpu_direct_{name}")
+    function = getattr(kind(library._name), f"jaxsparse_cpu_direct_{name}")
     function.restype, function.argtypes = ctypes.c_char_p, [_POINTER, *[tensor] * tensors, *sizes]
     if for_torch:
         return function
