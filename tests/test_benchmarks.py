@@ -158,7 +158,7 @@ def test_two_builds_of_the_kernels_are_compared_product_by_product(tmp_path):
 
     if reason := direct.why_not():
         pytest.skip(f"the kernels can't be called directly: {reason}")
-    libraries = [opened()._name, str(tmp_path / "copy.so")]
+    libraries = [opened()._name, str(tmp_path / "other_build.so")]
     shutil.copy(*libraries)
     out = tmp_path / "builds.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "builds.py"), *libraries, "--quick", "--seconds", "0.01"]
