@@ -158,12 +158,15 @@ def _table(family: str, cells: list[dict]) -> str:
 
 
 def _machine(library: ctypes.CDLL, args) -> dict:
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "processor": platform.processor() or platform.machine(),
+        "cpu": models[0] if models else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "isa": library.jaxsparse_cpu_isa().decode(),
         "threads": args.threads,
-        "python": platform.python_version(),
+        "versions": {"python": platform.python_version(), "numpy": np.__version__},
         "command": " ".join(["python", "benchmarks/builds.py", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "load": os.getloadavg(),
