@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def _arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("old", help="the library to compare with")
     parser.add_argument("new", help="the library that is judged")
     parser.add_argument("--isa", help="avx512, avx2 or portable; the best this machine has by default")
@@ -92,7 +92,8 @@ def _compared(cell: Cell, both: list[direct.Kernels], torch, args) -> list[dict]
     found = []
     for name in _products(old, problem, torch):
         (call_old, y_old), (call_new, y_new) = (_products(k, problem, torch)[name] for k in (old, new))
-        call_old(), call_new()
+        call_old()
+        call_new()
         if not (apart := max(map(_apart, y_old, y_new))) < SPREAD:
             raise SystemExit(f"{cell.label}, {name}: the results of the two builds lie {apart:.1e} apart")
         rounds = _alternate(call_old, call_new, args.seconds, args.threads)
