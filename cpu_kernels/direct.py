@@ -35,6 +35,7 @@ class Kernels:
 
     Args:
       torch: the module torch, or None for NumPy arrays.
+      library: another build of the kernels than the installed one.
     Raises:
       NotImplementedError: where `why_not(torch)` gives a reason.
       ValueError: in a call, for operands that do not fit, with the numbers.
@@ -47,13 +48,14 @@ class Kernels:
     _block_diag_outer: Any
     _block_diag_backward: Any
 
-    def __init__(self, torch: Any = None):
+    def __init__(self, torch: Any = None, library: ctypes.CDLL | None = None):
         if reason := why_not(torch):
             raise NotImplementedError(f"the cpu kernels can't be called directly: {reason}")
+        library = library or opened()
         if torch:
-            opened().jaxsparse_cpu_builtin_caller(ctypes.byref(_of_torch(torch)))
+            library.jaxsparse_cpu_builtin_caller(ctypes.byref(_of_torch(torch)))
         for name, (tensors, sizes) in _SIGNATURES.items():
-            setattr(self, f"_{name}", _builtin(name) if torch else _on_arrays(name, tensors, sizes))
+            setattr(self, f"_{name}", _builtin(library, name) if torch else _on_arrays(library, name, tensors, sizes))
 
     def spmm(self, x, values, lines: Sequence, bias, y, sizes, transposed: bool, activation: str | None = None) -> None:
         """Writes y = activation(x W + bias), or with W^T in place of W.
@@ -162,21 +164,21 @@ class _Method(ctypes.Structure):
 
 
 @functools.cache
-def _method(name: str) -> _Method:
-    function = ctypes.cast(getattr(opened(), f"jaxsparse_cpu_builtin_{name}"), _POINTER)
+def _method(library: ctypes.CDLL, name: str) -> _Method:
+    function = ctypes.cast(getattr(library, f"jaxsparse_cpu_builtin_{name}"), _POINTER)
     return _Method(name.encode(), function, _FASTCALL, None)  # kept, as the builtin function points to it
 
 
-def _builtin(name: str) -> Any:
+def _builtin(library: ctypes.CDLL, name: str) -> Any:
     """A kernel on torch's tensors."""
     new = ctypes.pythonapi["PyCFunction_NewEx"]
     new.restype, new.argtypes = ctypes.py_object, [_POINTER, _POINTER, _POINTER]
-    return new(ctypes.addressof(_method(name)), None, None)
+    return new(ctypes.addressof(_method(library, name)), None, None)
 
 
-def _on_arrays(name: str, tensors: int, sizes: list[Any]) -> Any:
+def _on_arrays(library: ctypes.CDLL, name: str, tensors: int, sizes: list[Any]) -> Any:
     """A kernel on NumPy's arrays."""
-    function, alone = opened()[f"jaxsparse_cpu_direct_{name}"], _Caller()
+    function, alone = library[f"jaxsparse_cpu_direct_{name}"], _Caller()
     function.restype, function.argtypes = ctypes.c_char_p, [_POINTER, *[_POINTER] * tensors, *sizes]
 
     def call(*arguments) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -149,3 +150,28 @@ def test_the_cost_of_moving_is_reported(tmp_path):
     rows = json.loads((tmp_path / "numbers.json").read_text())["rows"]
     assert [row["block"] for row in rows] == [1, 32]
     assert all(row["ms"]["step"] > 0 and row["rigl_in_steps"] > 0 and row["memory_of_dense"] < 0.2 for row in rows)
+
+
+def test_two_builds_of_the_kernels_are_compared_product_by_product(tmp_path):
+    from cpu_kernels import direct
+    from cpu_kernels._library import opened
+
+    if reason := direct.why_not():
+        pytest.skip(f"the kernels can't be called directly: {reason}")
+    libraries = [opened()._name, str(tmp_path / "other_build.so")]
+    shutil.copy(*libraries)
+    out = tmp_path / "builds.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "builds.py"), *libraries, "--quick", "--seconds", "0.01"]
+    done = subprocess.run([*command, "--out", str(out)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    cells = json.loads(out.read_text())["cells"]
+    assert {cell["product"] for cell in cells} == {"y", "dx", "dW", "dx, dW"}
+    assert all(len(cell["rounds_ms"]) >= 6 for cell in cells)
+    assert "geometric mean" in done.stdout
+
+
+def test_builds_that_disagree_are_not_timed():
+    from benchmarks import builds
+
+    assert builds._apart(np.ones(3), np.ones(3)) == 0
+    assert builds._apart(np.ones(3), np.full(3, 1.01)) > builds.SPREAD
