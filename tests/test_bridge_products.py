@@ -402,6 +402,20 @@ def test_a_dispatch_mode_sees_the_operator(make):
 
 
 @each_layer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_mode_changes_no_gradient(make, dtype):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layer = make(dtype=dtype)
+    x = torch.randn(5, layer.in_features, dtype=dtype)
+    want = step(layer, layer, x)
+    with FlopCounterMode(display=False):
+        got = step(layer, layer, x)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@each_layer
 def test_the_way_through_jax_computes_the_same(make):
     layer = make()
     other = make(backend="xla")
