@@ -74,6 +74,9 @@ def test_derivatives_of_every_mode_and_order(make, activation):
     x = x.detach()
     torch.testing.assert_close(func.vmap(layer)(x), reference(x))
     torch.testing.assert_close(func.jacrev(layer)(x[0]), func.jacfwd(reference)(x[0]))
+    layer.requires_grad_(False)
+    torch.testing.assert_close(func.vmap(layer)(x), reference(x).detach())
+    torch.testing.assert_close(func.jvp(layer, (x,), (x + 1,)), func.jvp(reference, (x,), (x + 1,)))
 
 
 @direct
