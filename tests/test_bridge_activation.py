@@ -146,6 +146,20 @@ def test_operators_follow_autocast_as_linear_does(make, dtype, compiled):
 
 
 @direct
+@each_activation
+@each_layer
+def test_an_operator_with_an_activation_has_its_derivative(make, activation):
+    layer = make()
+    matrix = layer._matrix if isinstance(layer, BlockDiagLinear) else Sparse(layer._index(), *layer._product.stored)
+    x, w, b = torch.randn(5, layer.in_features, requires_grad=True), *layer.parameters()
+    y, z = matrix.operator("multiply", x, w, b, activation), matrix.operator("multiply", x, w, b, None)
+    torch.testing.assert_close(y, FUNCTIONS[activation](z))
+    got, want = (torch.autograd.grad(t.square().sum(), (x, w, b)) for t in (y, FUNCTIONS[activation](z)))
+    for a, e in zip(got, want, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@direct
 @each_layer
 def test_autocast_leaves_float64_alone(make):
     layer, multiply, _ = operators(lambda: make(dtype=torch.float64))
