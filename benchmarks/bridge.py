@@ -3,9 +3,9 @@
 Two workloads, forward and backward with a given upstream gradient: a 32x32 layer on a batch of 8, where there is
 nothing but overhead, and an MLP of four 1024-wide layers on a batch of 64. "The least bridge" is the least code that
 calls JAX from an autograd.Function: what it costs beyond torch's own is JAX's. All contenders of a workload take turns
-in one process (`_measure.py`). There are two such processes, as JAX decides at its start whether it computes on a
-thread of its own (its default) or in the thread that waits for it. A contender that fails, or is wrong, is listed with
-the reason.
+in one process (`_measure.py`). There is one such process for each of `SETTINGS`, as JAX decides at its start whether
+it computes on a thread of its own (its default) or in the thread that waits for it, and torch's OpenMP whether idle
+threads spin or sleep. A contender that fails, or is wrong, is listed with the reason.
 """
 
 from __future__ import annotations
@@ -30,26 +30,30 @@ from torch_bridge import BlockDiagLinear, from_flax, jax2torch
 PACKAGES = ("jax", "torch", "flax", "jax2torch", "torch-jax-interop")
 FUNCTION = "torch autograd.Function"
 LEAST = "the least bridge"
-SETTING = "JAX_CPU_ENABLE_ASYNC_DISPATCH"
+HERE, ASLEEP = {"JAX_CPU_ENABLE_ASYNC_DISPATCH": "0"}, {"OMP_WAIT_POLICY": "PASSIVE"}
+SETTINGS: dict[str, dict[str, str]] = {
+    "defaults": {},
+    "JAX in the calling thread": HERE,
+    "torch's idle threads sleep": ASLEEP,
+    "both": HERE | ASLEEP,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a short run, to see that everything runs")
     parser.add_argument("--out", default="benchmarks/results/bridge.json")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # one process of the two
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # one process of several
     args = parser.parse_args()
     if args.here:
         print(json.dumps(_measure_all(args.quick)))
         return
     runs = {}
-    for name, value in {"JAX's default": "1", "JAX in the calling thread": "0"}.items():
+    for name, setting in SETTINGS.items():
         command = [sys.executable, __file__, "--here", *(["--quick"] if args.quick else [])]
-        done = subprocess.run(
-            command, env={**os.environ, SETTING: value}, stdout=subprocess.PIPE, text=True, check=True
-        )
+        done = subprocess.run(command, env=os.environ | setting, stdout=subprocess.PIPE, text=True, check=True)
         runs[name] = json.loads(done.stdout.splitlines()[-1])
-        _print(f"{name}: {SETTING}={value}", runs[name])
+        _print(f"{name}: {' '.join('='.join(each) for each in setting.items())}", runs[name])
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"machine": _measure.machine(PACKAGES), "runs": runs}, indent=1) + "\n")
@@ -137,6 +141,7 @@ def _mlp() -> tuple[dict, np.ndarray]:
     builders = {
         "torch": lambda: lambda: _step(lambda: native(x), list(native.parameters()), cotangent).T,
         "ours: from_flax": lambda: lambda: _step(lambda: flax(x), ours, cotangent),
+        "ours, after a torch operator": lambda: lambda: _step(lambda: flax(x + 0), ours, cotangent),
     }
     native(x).backward(cotangent)
     assert layers[0].weight.grad is not None

@@ -74,6 +74,9 @@ def test_derivatives_of_every_mode_and_order(make, activation):
     x = x.detach()
     torch.testing.assert_close(func.vmap(layer)(x), reference(x))
     torch.testing.assert_close(func.jacrev(layer)(x[0]), func.jacfwd(reference)(x[0]))
+    layer.requires_grad_(False)
+    torch.testing.assert_close(func.vmap(layer)(x), reference(x).detach())
+    torch.testing.assert_close(func.jvp(layer, (x,), (x + 1,)), func.jvp(reference, (x,), (x + 1,)))
 
 
 @direct
@@ -140,6 +143,20 @@ def test_operators_follow_autocast_as_linear_does(make, dtype, compiled):
     got, expected = (torch.autograd.grad(z.float().square().sum(), (x, w, b)) for z in (y, want))
     for a, e in zip(got, expected, strict=True):
         assert a.dtype == torch.float32 and torch.equal(a, e)
+
+
+@direct
+@each_activation
+@each_layer
+def test_an_operator_with_an_activation_has_its_derivative(make, activation):
+    layer = make()
+    matrix = layer._matrix if isinstance(layer, BlockDiagLinear) else Sparse(layer._index(), *layer._product.stored)
+    x, w, b = torch.randn(5, layer.in_features, requires_grad=True), *layer.parameters()
+    y, z = matrix.operator("multiply", x, w, b, activation), matrix.operator("multiply", x, w, b, None)
+    torch.testing.assert_close(y, FUNCTIONS[activation](z))
+    got, want = (torch.autograd.grad(t.square().sum(), (x, w, b)) for t in (y, FUNCTIONS[activation](z)))
+    for a, e in zip(got, want, strict=True):
+        torch.testing.assert_close(a, e)
 
 
 @direct

@@ -12,6 +12,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import func
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jaxsparse.formats import BlockPattern
 from torch_bridge import BlockDiagLinear, BlockSparseLinear, SparseLinear, _matrix, products
@@ -225,6 +226,7 @@ STRANGE = {
     "an expanded row": lambda x: x[:1].expand(x.shape),
     "transposed": lambda x: x.T.contiguous().T,
     "negated lazily": lambda x: torch.complex(x, x).conj().imag,
+    "negated lazily, contiguous": torch._neg_view,
     "an offset of one number": lambda x: torch.cat([x.reshape(-1)[:1], x.reshape(-1)])[1:].view(x.shape),
 }
 
@@ -384,21 +386,30 @@ def test_the_flop_counter_counts_three_products(make):
     assert counter.get_total_flops() == 3 * 2 * 5 * layer.weight.numel()
 
 
+class Watch(TorchDispatchMode):
+    """Notes every operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
 @each_layer
-def test_a_dispatch_mode_sees_the_operator(make):
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    seen = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(str(function))
-            return function(*args, **(kwargs or {}))
-
-    layer = make()
-    with Watch():
-        layer(torch.ones(2, layer.in_features)).sum().backward()
-    assert any("jaxsparse.spmm" in name or "jaxsparse.block_diag_matmul" in name for name in seen)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_dispatch_mode_sees_the_operators_and_changes_no_gradient(make, dtype):
+    layer = make(dtype=dtype)
+    x = torch.randn(5, layer.in_features, dtype=dtype)
+    want = step(layer, layer, x)
+    with Watch() as mode:
+        got = step(layer, layer, x)
+    products_seen = [name for name in mode.seen if name.startswith("jaxsparse.")]
+    assert len(products_seen) == (2 if "jaxsparse.spmm_grads.default" in products_seen else 3)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @each_layer
