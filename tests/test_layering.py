@@ -26,7 +26,7 @@ TABLE = {
     "jaxsparse/products/__init__.py": {"jaxsparse.products.block_diag", "jaxsparse.products.sparse"},
     "jaxsparse/products/_shards.py": {"jax", "jaxsparse.products._rules"},
     "jaxsparse/products/_rules.py": NUMERIC | {"jaxsparse._backends", "jaxsparse.products"},
-    "jaxsparse/products/_epilogue.py": NUMERIC | {"jaxsparse._xla", "jaxsparse.products._rules"},
+    "jaxsparse/products/_epilogue.py": NUMERIC | PRODUCTS | {"jaxsparse._xla"},
     "jaxsparse/products/sparse.py": NUMERIC | PRODUCTS | {"jaxsparse._indices"},
     "jaxsparse/products/block_diag.py": NUMERIC | PRODUCTS,
     "jaxsparse/ops.py": NUMERIC | {"jaxsparse.formats", "jaxsparse._backends", "jaxsparse._xla", "jaxsparse.products"},

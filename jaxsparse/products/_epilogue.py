@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.interpreters import ad
 
 from jaxsparse._xla import ACTIVATIONS, wide
 from jaxsparse.products._rules import added, is_zero
+from jaxsparse.products._shards import spread
 
 
 def activate(name: str, z: jax.Array) -> jax.Array:
@@ -24,7 +24,7 @@ def finished(activation: str | None, z: jax.Array, terms: Sequence[Any], of_bias
     """(y, its tangent), of z, the terms of the product's tangent and, if there is a bias, its tangent."""
     sums = wide(z.dtype)
     # Widened, so that the gradient of the bias, the sum over all rows, is rounded once.
-    bias = [jnp.broadcast_to(t.astype(sums), z.shape).astype(z.dtype) for t in of_bias if not is_zero(t)]
+    bias = [spread(t.astype(sums), z).astype(z.dtype) for t in of_bias if not is_zero(t)]
     tangent = added([*terms, *bias], z)
     if activation is None:
         return z, tangent

@@ -62,6 +62,13 @@ def aligned(product: Product, operands: Sequence[Any], params: dict[str, Any]) -
     ]
 
 
+def spread(row, like):
+    """A row as often as `like` has rows, and where those are."""
+    kind = jax.typeof(like)
+    where = kind.sharding if _explicit(kind.sharding.mesh) else None
+    return jax.lax.broadcast_in_dim(row, kind.shape, (kind.ndim - 1,), out_sharding=where)
+
+
 def result_types(product: Product, types: Sequence[Any], shapes: Sequence[tuple[int, ...]]) -> list[Any]:
     """The types of results of these shapes: the dtype is that of the first operand."""
     first = types[0]
@@ -193,7 +200,7 @@ class _Layout:
 
     def rule(self) -> tuple[str, tuple[str, ...], dict[str, int]]:
         """The same for XLA's partitioner, in its notation: a rule, the factors to keep whole, and sizes of factors."""
-        names, whole, sizes = {}, [], {}
+        whole, sizes = [], {}
 
         def word(factor, size) -> str:
             if factor is None:
@@ -203,12 +210,10 @@ class _Layout:
                 return f"b{factor[1]}"
             if size == self.size(factor):
                 return factor
-            sizes[factor] = self.size(factor)
             whole.append(f"w{len(whole)}")
             sizes[whole[-1]] = size // self.size(factor)
             return f"({factor} {whole[-1]})"
 
-        del names
         words = [
             " ".join(word(f, size) for f, size in zip(factors, shape, strict=True))
             for factors, shape in zip((*self.operands, *self.results), self.shapes, strict=True)

@@ -56,7 +56,7 @@ def _matmul_transpose(dy, x, w, *bias, activation, transposed, **how):
     if is_unknown(x):
         return returned(count, {0: _matmul(dy, w, activation=None, transposed=not transposed, **how)})
     pair = (dy, x) if transposed else (x, dy)
-    return returned(count, {1: _outer(*pair, num_blocks=w.aval.shape[0], **how)})
+    return returned(count, {1: _outer(*pair, num_blocks=w.aval.shape[0], block=w.aval.shape[1:], **how)})
 
 
 # A batch of x alone is more rows; a batch of matrices is one matrix of more blocks.
@@ -86,15 +86,15 @@ batching.primitive_batchers[_matmul] = _matmul_batched
 # ---- block_diag_outer -----------------------------------------------------------------------------------
 
 
-def _outer_shapes(x, dy, *, num_blocks, **how):
-    return [(num_blocks, x.shape[-1] // num_blocks, dy.shape[-1] // num_blocks)]
+def _outer_shapes(x, dy, *, num_blocks, block, **how):
+    return [(num_blocks, *block)]
 
 
-def _outer_kernel(platform, *, num_blocks, backend, precision):
+def _outer_kernel(platform, *, num_blocks, block, backend, precision):
     def run(x, dy):
-        block = x.shape[-1] // num_blocks, dy.shape[-1] // num_blocks
         kernel = _backends.kernel("block_diag_outer", backend, x.dtype, block, platform)
-        return kernel(rows(x), rows(dy), num_blocks=num_blocks, precision=precision)
+        here = x.shape[-1] // block[0] if block[0] else num_blocks  # a device may have a share of them
+        return kernel(rows(x), rows(dy), num_blocks=here, precision=precision)
 
     return run
 
@@ -107,7 +107,7 @@ def _outer_jvp(primals, tangents, **how):
 
 
 # Linear in each: with the cotangent G as a block-diagonal matrix, x gets dy G^T and dy gets x G.
-def _outer_transpose(g, x, dy, *, num_blocks, **how):
+def _outer_transpose(g, x, dy, *, num_blocks, block, **how):
     if is_zero(g):
         return returned(2)
     if is_unknown(x):
