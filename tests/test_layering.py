@@ -14,7 +14,13 @@ OPS = FORMATS | {"jaxsparse.ops"}
 PRODUCTS = {"jaxsparse._backends", *(f"jaxsparse.products.{name}" for name in ("_epilogue", "_rules", "_shards"))}
 # file -> what it may import beyond the standard library; "scipy" only where a user hands such a matrix in
 TABLE = {
-    "jaxsparse/__init__.py": {"jaxsparse._backends", "jaxsparse.formats", "jaxsparse.ops", "jaxsparse.linen", "jaxsparse.nnx"},
+    "jaxsparse/__init__.py": {
+        "jaxsparse._backends",
+        "jaxsparse.formats",
+        "jaxsparse.ops",
+        "jaxsparse.linen",
+        "jaxsparse.nnx",
+    },
     "jaxsparse/_sizes.py": set(),
     "jaxsparse/_arguments.py": {"jaxsparse.formats"},
     "jaxsparse/_indices.py": NUMERIC | {"jaxsparse._sizes"},

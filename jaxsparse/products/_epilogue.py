@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.interpreters import ad
 
 from jaxsparse._xla import ACTIVATIONS, wide
-from jaxsparse.products._rules import added, is_zero
+from jaxsparse.products._rules import added, is_zero, no_change
 from jaxsparse.products._shards import spread
 
 
@@ -31,7 +30,7 @@ def finished(activation: str | None, z: jax.Array, terms: Sequence[Any], of_bias
     function = functools.partial(activate, activation)
     if is_zero(tangent):
         y = function(z)
-        return y, ad.Zero.from_primal_value(y)
+        return y, no_change(y)
     return jax.jvp(jax.checkpoint(function, prevent_cse=False), (z,), (tangent,))
 
 

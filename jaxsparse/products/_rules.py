@@ -15,6 +15,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxsparse._backends import PLATFORMS
 from jaxsparse.products import _shards
 
+
 class Product(Primitive):
     """A primitive over arrays of one matrix.
 
@@ -91,7 +92,12 @@ def is_unknown(operand: Any) -> bool:
 
 def added(terms: Sequence[Any], like: Any):
     """The sum of tangents, or that there is none."""
-    return functools.reduce(jnp.add, terms) if terms else ad.Zero.from_primal_value(like)
+    return functools.reduce(jnp.add, terms) if terms else no_change(like)
+
+
+def no_change(of: Any) -> Any:
+    """The tangent of what depends on nothing that changes."""
+    return ad.Zero(jax.typeof(of))
 
 
 def jvp_of(function: Callable[..., Any]) -> Callable[..., Any]:

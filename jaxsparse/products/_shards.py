@@ -7,11 +7,13 @@ nothing to split, but a result varies over every mesh axis that an operand varie
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from jax._src.dispatch import prim_requires_devices_during_lowering
+from jax._src.sharding_impls import parse_flatten_op_sharding
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -118,8 +120,15 @@ def _in_manual_region(layout: _Layout, mesh, specs, local):
 
 def _by_partitioner(layout: _Layout, local):
     def partition(mesh, operands, results):
-        specs = [[_spec_of(a) for a in side] for side in (operands, results)]
-        axes = layout.dividing(mesh, layout.axes(*specs))
+        specs = [[_spec_of(a.sharding, mesh) for a in side] for side in (operands, results)]
+        axes = layout.dividing(mesh, layout.axes(*([spec or () for spec in side] for side in specs)))
+        if None in specs[0]:
+            warnings.warn(
+                f"operands of {layout.product.name} are split over devices of {dict(mesh.shape)} as neither its rows nor "
+                f"its {layout.size('n')} diagonal blocks can be: every device computes all of it, on gathered operands. "
+                "Use a number of blocks that the devices divide, or shard another dimension.",
+                stacklevel=2,
+            )
         into, out = (
             [NamedSharding(mesh, layout.spec(factors, axes)) for factors in side]
             for side in (layout.operands, layout.results)
@@ -128,12 +137,17 @@ def _by_partitioner(layout: _Layout, local):
 
     function = custom_partitioning(local)
     rule, whole, sizes = layout.rule()
-    function.def_partition(partition=partition, sharding_rule=rule, need_replication_factors=whole, **sizes)
+    factors: dict[str, Any] = {"need_replication_factors": whole, **sizes}
+    function.def_partition(partition=partition, sharding_rule=rule, decode_shardings=False, **factors)
     return function
 
 
-def _spec_of(array) -> Sequence[Axes]:
-    return array.sharding.spec if isinstance(array.sharding, NamedSharding) else ()
+def _spec_of(sharding, mesh) -> tuple[Axes, ...] | None:
+    """How the partitioner means to split an array, or None if no spec says so: it splits an axis where it must."""
+    try:
+        return tuple(parse_flatten_op_sharding(sharding._hlo_sharding, mesh)[0])
+    except (AttributeError, ValueError, NotImplementedError):
+        return None
 
 
 # ---- letters, axes and specs ----------------------------------------------------------------------------
@@ -176,18 +190,27 @@ class _Layout:
         return min(shape[k] for factors, shape in sides for k, f in enumerate(factors) if f == factor)
 
     def dividing(self, mesh, axes: dict[Factor, Axes]) -> dict[Factor, Axes]:
-        """The axes that share a factor out evenly; nothing is split by others."""
-        return {factor: some for factor, some in axes.items() if self.size(factor) % _count(mesh, some) == 0}
+        """The axes that share a factor out evenly; nothing is split by others, of which a warning tells."""
+        uneven = {factor: self.uneven(mesh, factor, some) for factor, some in axes.items()}
+        for said in filter(None, uneven.values()):
+            warnings.warn(f"{said} Until then every device computes all of it, on gathered operands.", stacklevel=2)
+        return {factor: some for factor, some in axes.items() if not uneven[factor]}
+
+    def uneven(self, mesh, factor: Factor, axes: Axes) -> str | None:
+        """Why these axes don't share a factor out evenly, if so."""
+        size, count = self.size(factor), _count(mesh, axes)
+        if size % count == 0:
+            return None
+        what = "rows" if isinstance(factor, tuple) else "diagonal blocks"
+        return (
+            f"{self.product.name} has {size} {what}, and mesh axis {axes!r} {count} devices, which can't share them "
+            f"evenly: {size} = {size // count} x {count} + {size % count}. Use a number of {what} that {count} divides "
+            f"(pad to {-(-size // count) * count}), or shard another dimension."
+        )
 
     def check(self, mesh, axes: dict[Factor, Axes], specs: Sequence[Sequence[Axes]]) -> None:
-        for factor, some in axes.items():
-            size, count = self.size(factor), _count(mesh, some)
-            if size % count:
-                raise ValueError(
-                    f"{self.product.name} has {size} diagonal blocks, and mesh axis {some!r} {count} devices, which "
-                    f"can't share them evenly: {size} = {size // count} x {count} + {size % count}. Use a number of "
-                    f"blocks that {count} divides, or shard another dimension."
-                )
+        for said in filter(None, (self.uneven(mesh, factor, some) for factor, some in axes.items())):
+            raise ValueError(said)
         for factors, spec in zip(self.operands, specs, strict=True):
             if any(isinstance(f, tuple) for f in factors) and any(
                 some for factor, some in zip(factors, spec, strict=False) if factor is None

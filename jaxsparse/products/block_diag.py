@@ -3,7 +3,8 @@
     block_diag_matmul  activation(x W + bias)
     block_diag_outer   the diagonal blocks of x^T dy: what the gradient of the other by W is
 
-All leading dimensions of x and dy are rows. `transposed` puts W^T for W. Each is stated by the same headings.
+All leading dimensions of x and dy are rows. `transposed` puts W^T for W. Each is stated in the same order as in
+`sparse`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def _matmul_jvp(primals, tangents, *, activation, **how):
     return finished(activation, z, terms, tangents[2:])
 
 
-# Linear in each: of the cotangent dy, x gets dy W^T and W gets the blocks of x^T dy, or of dy^T x where it is transposed.
+# Linear in each: of the cotangent dy, x gets dy W^T, and W the blocks of x^T dy, or of dy^T x where it is transposed.
 def _matmul_transpose(dy, x, w, *bias, activation, transposed, **how):
     refuse_epilogue(activation, [is_unknown(b) for b in bias])
     count = 2 + len(bias)

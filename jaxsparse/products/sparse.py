@@ -5,8 +5,9 @@
     spmm_tangent  dx W + x dW: what changes of x and W do to x W
     spmm_grads    (dy W^T, sddmm(x, dy)): both gradients of spmm, for kernels that read dy once for the two
 
-All leading dimensions of x and dy are rows. Five operands say where W is stored (`Index`); `shape` and `block` are those
-of W as it is stored, and `transposed` puts W^T for W. Each is stated below by the same headings.
+All leading dimensions of x and dy are rows. Five operands say where W is stored (`Index`); `shape` and `block` are
+those of W as it is stored, and `transposed` puts W^T for W. Each is stated below in the same order: the shapes of its
+results, its kernel, its tangent, its transposes, and, where it is declared, how it shards and batches.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import jax
 from jax.interpreters import ad, batching, partial_eval
 
 from jaxsparse import _backends
@@ -228,9 +228,7 @@ def _grads_without_unused(used, *of_inputs_and_equation):
         return [False] * len(equation.invars), None
     if used[0]:
         alone = {"activation": None, "transposed": True, **params}
-        new = equation.replace(
-            primitive=_spmm, invars=[dy, w, *index], outvars=equation.outvars[:1], params=alone
-        )
+        new = equation.replace(primitive=_spmm, invars=[dy, w, *index], outvars=equation.outvars[:1], params=alone)
         return [False, True, True, *[True] * _N], new
     new = equation.replace(primitive=_sddmm, invars=[x, dy, *index], outvars=equation.outvars[1:])
     return [True, True, False, *[True] * _N], new
@@ -248,4 +246,3 @@ ad.primitive_jvps[_grads] = jvp_of(_grads_in_two)
 ad.primitive_transposes[_grads] = _grads_transpose
 batch_as(_grads, _grads_in_two)
 partial_eval.dce_rules[_grads] = _grads_without_unused
-
