@@ -35,6 +35,7 @@ TABLE = {
     "jaxsparse/products/_epilogue.py": NUMERIC | PRODUCTS | {"jaxsparse._xla"},
     "jaxsparse/products/sparse.py": NUMERIC | PRODUCTS | {"jaxsparse._indices"},
     "jaxsparse/products/block_diag.py": NUMERIC | PRODUCTS,
+    "jaxsparse/exporting.py": {"jax", "cpu_kernels"},
     "jaxsparse/ops.py": NUMERIC | {"jaxsparse.formats", "jaxsparse._backends", "jaxsparse._xla", "jaxsparse.products"},
     "jaxsparse/_flax.py": NUMERIC | {"flax", "jaxsparse._arguments", "jaxsparse.formats", "jaxsparse._states"},
     "jaxsparse/linen.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},

@@ -123,12 +123,7 @@ def _by_partitioner(layout: _Layout, local):
         specs = [[_spec_of(a.sharding, mesh) for a in side] for side in (operands, results)]
         axes = layout.dividing(mesh, layout.axes(*([spec or () for spec in side] for side in specs)))
         if None in specs[0]:
-            warnings.warn(
-                f"operands of {layout.product.name} are split over devices of {dict(mesh.shape)} as neither its rows nor "
-                f"its {layout.size('n')} diagonal blocks can be: every device computes all of it, on gathered operands. "
-                "Use a number of blocks that the devices divide, or shard another dimension.",
-                stacklevel=2,
-            )
+            warnings.warn(layout.unreadable(mesh), stacklevel=2)
         into, out = (
             [NamedSharding(mesh, layout.spec(factors, axes)) for factors in side]
             for side in (layout.operands, layout.results)
@@ -206,6 +201,13 @@ class _Layout:
             f"{self.product.name} has {size} {what}, and mesh axis {axes!r} {count} devices, which can't share them "
             f"evenly: {size} = {size // count} x {count} + {size % count}. Use a number of {what} that {count} divides "
             f"(pad to {-(-size // count) * count}), or shard another dimension."
+        )
+
+    def unreadable(self, mesh) -> str:
+        return (
+            f"operands of {self.product.name} are split over devices of {dict(mesh.shape)} as neither its rows nor its "
+            f"{self.size('n')} diagonal blocks can be: every device computes all of it, on gathered operands. Use a "
+            "number of blocks that the devices divide, or shard another dimension."
         )
 
     def check(self, mesh, axes: dict[Factor, Axes], specs: Sequence[Sequence[Axes]]) -> None:
