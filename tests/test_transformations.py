@@ -236,5 +236,8 @@ def test_the_plain_products_are_transposed_as_they_are(block, backend):
 
 def test_an_activation_is_no_linear_function():
     p = patterned(1)
+    transpose = jax.linear_transpose(
+        lambda x: spmm(x, draw(2, *p.values_shape), p, activation="relu"), draw(1, ROWS, IN)
+    )
     with pytest.raises(ValueError, match="not linear, so it has no transpose"):
-        jax.linear_transpose(lambda x: spmm(x, draw(2, *p.values_shape), p, activation="relu"), draw(1, ROWS, IN))
+        transpose(draw(3, ROWS, OUT))
