@@ -29,8 +29,9 @@ _ACTIVATIONS = (None, "relu", "gelu", "silu")
 _PRODUCTS = ("spmm", "sddmm", "spmm_grads", "block_diag_matmul", "block_diag_outer")
 
 
-def why_not(op: str, dtype, block: tuple[int, int], platform: str) -> str | None:
-    """Returns why `op` can't run here on such arrays, or None when it can."""
+def why_not(op: str, dtype, block: tuple[int, int], platform: str, elsewhere: bool = False) -> str | None:
+    """Returns why `op` can't run here on such arrays, or None when it can. The library is needed here all the same
+    where the program is for another machine (`elsewhere`)."""
     if platform != "cpu":
         return f"these kernels run on a CPU, not on {platform}"
     if op not in _PRODUCTS:
@@ -59,7 +60,7 @@ def spmm(
     if transposed:
         lines = index.row_ptr, index.col_index, index.order
     else:
-        lines = index.col_ptr, index.row_index, np.zeros(0, np.int32)
+        lines = index.col_ptr, index.row_index, _nothing(np.int32)
     return _call("spmm", (x.shape[0], shape[0 if transposed else 1]), x.dtype)(
         x,
         blocks,
@@ -80,25 +81,11 @@ def sddmm(x, dy, index, *, shape: tuple[int, int], block: tuple[int, int], preci
     return _call("sddmm", values, x.dtype)(x, dy, index.col_ptr, index.row_index, **_sizes(shape), **_block(block))
 
 
-def spmm_grads(
-    x,
-    dy,
-    blocks,
-    index,
-    *,
-    shape: tuple[int, int],
-    block: tuple[int, int],
-    precision=None,
-    wanted: tuple[bool, bool] = (True, True),
-):
-    """Returns (dy W^T, x^T dy where W is stored) for block (1, 1), in one pass over dy; or the wanted one alone."""
+def spmm_grads(x, dy, blocks, index, *, shape: tuple[int, int], block: tuple[int, int], precision=None):
+    """Returns (dy W^T, x^T dy where W is stored) for block (1, 1), in one pass over dy."""
     del precision
     if reason := why_not("spmm_grads", x.dtype, block, "cpu"):
         raise NotImplementedError(reason)
-    if wanted == (True, False):
-        return (spmm(dy, blocks, index, shape=shape, block=block, transposed=True),)
-    if wanted == (False, True):
-        return (sddmm(x, dy, index, shape=shape, block=block),)
     results = _result(x.shape, x.dtype), _result(blocks.shape, x.dtype)
     return _ffi_call("spmm_grads", results)(x, dy, blocks, index.row_ptr, index.col_index, index.order, **_sizes(shape))
 
@@ -138,7 +125,7 @@ def _ffi_call(name, results):
     import jax
 
     load()
-    return jax.ffi.ffi_call(f"jaxsparse_cpu_{name}", results, vmap_method="sequential")
+    return jax.ffi.ffi_call(f"jaxsparse_cpu_{name}", results)
 
 
 def _result(shape, dtype):
@@ -148,7 +135,14 @@ def _result(shape, dtype):
 
 
 def _bias(bias, x):
-    return np.zeros(0, x.dtype) if bias is None else bias
+    return _nothing(x.dtype) if bias is None else bias
+
+
+def _nothing(dtype):
+    """An operand that is left out. No constant: a program that is partitioned may hold none."""
+    import jax.numpy as jnp
+
+    return jnp.zeros(0, dtype)
 
 
 def _activation(name: str | None) -> np.int64:

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jaxsparse._backends import why_not
     from jaxsparse.formats import BlockPattern
     from jaxsparse.linen import BlockDiagDense, BlockSparseDense, SparseDense
     from jaxsparse.nnx import BlockDiagLinear, BlockSparseLinear, SparseLinear
@@ -21,11 +22,13 @@ __all__ = [
     "block_diag_matmul",
     "sddmm",
     "spmm",
+    "why_not",
 ]
 
 # Resolved at first use: torch's layers need no JAX, and the products no Flax.
 _HOMES = {
     "BlockPattern": "jaxsparse.formats",
+    "why_not": "jaxsparse._backends",
     **dict.fromkeys(("block_diag_matmul", "sddmm", "spmm"), "jaxsparse.ops"),
     **dict.fromkeys(("BlockDiagDense", "BlockSparseDense", "SparseDense"), "jaxsparse.linen"),
     **dict.fromkeys(("BlockDiagLinear", "BlockSparseLinear", "SparseLinear"), "jaxsparse.nnx"),

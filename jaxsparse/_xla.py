@@ -30,7 +30,7 @@ DENSE_LIMIT = 2**26  # entries of an unstructured matrix that may be expanded fo
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
 
-def why_not(op: str, dtype, block: tuple[int, int], platform: str) -> str | None:
+def why_not(op: str, dtype, block: tuple[int, int], platform: str, elsewhere: bool = False) -> str | None:
     """None: XLA runs everything."""
     return None
 
@@ -126,12 +126,10 @@ def spmm_grads(
     shape: tuple[int, int],
     block: tuple[int, int],
     precision=None,
-    wanted: tuple[bool, bool] = (True, True),
-) -> tuple[jax.Array, ...]:
-    """(dy W^T, the blocks of x^T dy that W stores), or the wanted one alone. XLA gains nothing by fusing them."""
+) -> tuple[jax.Array, jax.Array]:
+    """(dy W^T, the blocks of x^T dy that W stores). XLA gains nothing by fusing them."""
     sizes = {"shape": shape, "block": block, "precision": precision}
-    dx = [spmm(dy, blocks, index, transposed=True, **sizes)] if wanted[0] else []
-    return (*dx, sddmm(x, dy, index, **sizes)) if wanted[1] else tuple(dx)
+    return spmm(dy, blocks, index, transposed=True, **sizes), sddmm(x, dy, index, **sizes)
 
 
 # ---- blocks ---------------------------------------------------------------------------------------

@@ -1,39 +1,20 @@
-"""The public products and their derivative rules.
-
-The products are closed under differentiation: every rule below calls the ops of this file, so back ends have
-forward kernels only, and gradients of gradients are free. Forward-mode derivatives (`jax.jvp`) are not defined.
-"""
+"""The public products: what they mean, and what they refuse. `jaxsparse.products` has them as JAX primitives."""
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsparse import _backends
-from jaxsparse._xla import ACTIVATIONS, wide
+from jaxsparse import _backends, products
+from jaxsparse._xla import ACTIVATIONS
 from jaxsparse.formats import BlockPattern
 
 Activation = str | Callable[[jax.Array], jax.Array] | None
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
-
-
-class _How(NamedTuple):
-    """What is static about a call."""
-
-    activation: str | None = None
-    precision: jax.lax.PrecisionLike = None
-    backend: str | None = None
-    transposed: bool = False
-
-    @property
-    def plain(self) -> _How:
-        return self._replace(activation=None)
 
 
 # ---- public ---------------------------------------------------------------------------------------
@@ -69,9 +50,10 @@ def block_diag_matmul(
         raise ValueError(f"blocks must be [num_blocks, i, o], got shape {jnp.shape(blocks)}.")
     n, i, o = blocks.shape
     _check_features(x, n * i, f"{n} blocks of {i} inputs: {n} x {i} = {n * i}")
-    how, after = _check_call(x, {"blocks": blocks}, bias, n * o, activation, precision, backend)
-    y: Any = _block_diag(how, x.reshape(math.prod(x.shape[:-1]), n * i), blocks, bias)
-    return after(y.reshape(*x.shape[:-1], n * o))
+    _check_call(x, {"blocks": blocks}, bias, n * o, backend)
+    name, after = _activation(activation)
+    y = products.block_diag_matmul(x, blocks, bias, activation=name, precision=precision, backend=backend)
+    return after(y) if after else y
 
 
 def spmm(
@@ -105,9 +87,11 @@ def spmm(
     _check_pattern(pattern)
     _check_features(x, pattern.shape[0], f"the pattern's matrix is {pattern.shape} (in, out)")
     pattern.check_values(blocks)
-    how, after = _check_call(x, {"blocks": blocks}, bias, pattern.shape[1], activation, precision, backend)
-    y: Any = _spmm(how, x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), blocks, bias, pattern)
-    return after(y.reshape(*x.shape[:-1], pattern.shape[1]))
+    _check_call(x, {"blocks": blocks}, bias, pattern.shape[1], backend)
+    name, after = _activation(activation)
+    how = {"activation": name, "precision": precision, "backend": backend, **_stored(pattern)}
+    y = products.spmm(x, blocks, pattern.index, bias, **how)
+    return after(y) if after else y
 
 
 def sddmm(
@@ -137,159 +121,16 @@ def sddmm(
     _check_features(dy, pattern.shape[1], f"the pattern's matrix is {pattern.shape} (in, out)", "dy")
     if x.shape[:-1] != dy.shape[:-1]:
         raise ValueError(f"x and dy must share their leading dimensions, got {x.shape} and {dy.shape}.")
-    how, _ = _check_call(x, {"dy": dy}, None, 0, None, precision, backend)
-    rows = math.prod(x.shape[:-1])
-    return _sddmm(how, x.reshape(rows, x.shape[-1]), dy.reshape(rows, dy.shape[-1]), pattern)
+    _check_call(x, {"dy": dy}, None, 0, backend)
+    return products.sddmm(x, dy, pattern.index, precision=precision, backend=backend, **_stored(pattern))
 
 
-def _product(function: Callable[..., Any]) -> Any:
-    """A product with rules of its own; jitted, so that it is one program outside jit too. `how` comes first."""
-    return jax.custom_vjp(jax.jit(function, static_argnums=(0,), inline=True), nondiff_argnums=(0,))
-
-
-# ---- spmm and sddmm: each is the other's derivative --------------------------------------------------
-
-
-@_product
-def _spmm(how, x, blocks, bias, pattern):
-    sizes, operands = _stored(pattern), (x, blocks, pattern.index, bias)
-    options = {"transposed": pattern.transposed, "activation": how.activation, "precision": how.precision}
-    return _backends.call("spmm", how.backend, sizes["block"], *operands, **sizes, **options)
-
-
-def _spmm_fwd(how, x, blocks, bias, pattern):
-    z = _spmm(how.plain, x, blocks, bias, pattern)
-    return _activate(how, z), (x, blocks, bias, pattern, z if how.activation else None)
-
-
-# y = f(z), z = xW + b gives dz = dy f'(z); then dx = dz W^T, dW = x^T dz where W is stored, db = sum of dz.
-# Those of an unstructured W are one op: a kernel then gathers dz once for the two, where both are wanted.
-def _spmm_bwd(how, saved, dy):
-    x, blocks, bias, pattern, z = saved
-    dz, how = _through_activation(how, z, dy), how.plain
-    if pattern.block == (1, 1) and not pattern.transposed:
-        dx, dw = _spmm_grads(how, x, dz, blocks, pattern)
-    else:
-        dx = _spmm(how, dz, blocks, None, pattern.T)  # a view: nothing moves
-        dw = _sddmm(how, x, dz, pattern)
-    return dx, dw, _bias_gradient(bias, dz), None  # None: integers have no gradient
-
-
-_spmm.defvjp(_spmm_fwd, _spmm_bwd)
-
-
-@_product
-def _sddmm(how, x, dy, pattern):
-    if pattern.transposed:  # (x^T dy)^T = dy^T x, and values stay as stored
-        x, dy, pattern = dy, x, pattern.T
-    sizes, operands = _stored(pattern), (x, dy, pattern.index)
-    return _backends.call("sddmm", how.backend, sizes["block"], *operands, **sizes, precision=how.precision)
-
-
-def _sddmm_fwd(how, x, dy, pattern):
-    return _sddmm(how, x, dy, pattern), (x, dy, pattern)
-
-
-# g = sampled(x^T dy) is linear in each: with the cotangent G as a sparse matrix, dx = dy G^T and d(dy) = x G.
-def _sddmm_bwd(how, saved, g):
-    x, dy, pattern = saved
-    return _spmm(how, dy, g, None, pattern.T), _spmm(how, x, g, None, pattern), None
-
-
-_sddmm.defvjp(_sddmm_fwd, _sddmm_bwd)
-
-
-@_product
-def _spmm_grads(how, x, dy, blocks, pattern):
-    sizes, operands = _stored(pattern), (x, dy, blocks, pattern.index)
-    return _backends.call("spmm_grads", how.backend, sizes["block"], *operands, **sizes, precision=how.precision)
-
-
-def _spmm_grads_fwd(how, x, dy, blocks, pattern):
-    return _spmm_grads(how, x, dy, blocks, pattern), (x, dy, blocks, pattern)
-
-
-# (dx, dW) = (dy W^T, sampled(x^T dy)), with cotangents (a, G): the rules of `_spmm` and `_sddmm`, added up.
-def _spmm_grads_bwd(how, saved, cotangents):
-    (x, dy, blocks, pattern), (a, g) = saved, cotangents
-    for_dy = _spmm(how, a, blocks, None, pattern) + _spmm(how, x, g, None, pattern)
-    return _spmm(how, dy, g, None, pattern.T), for_dy, _sddmm(how, a, dy, pattern), None
-
-
-_spmm_grads.defvjp(_spmm_grads_fwd, _spmm_grads_bwd)
-
-
-# ---- the block-diagonal pair ---------------------------------------------------------------------------
-
-
-@_product
-def _block_diag(how, x, blocks, bias):
-    options = {"transposed": how.transposed, "activation": how.activation, "precision": how.precision}
-    return _backends.call("block_diag_matmul", how.backend, blocks.shape[1:], x, blocks, bias, **options)
-
-
-def _block_diag_fwd(how, x, blocks, bias):
-    z = _block_diag(how.plain, x, blocks, bias)
-    return _activate(how, z), (x, blocks, bias, z if how.activation else None)
-
-
-# As for `spmm`. Where the blocks are read transposed, y = x W^T, the roles of x and dz swap: dW = dz^T x.
-def _block_diag_bwd(how, saved, dy):
-    x, blocks, bias, z = saved
-    dz, how = _through_activation(how, z, dy), how.plain
-    dx = _block_diag(how._replace(transposed=not how.transposed), dz, blocks, None)
-    outer = (dz, x) if how.transposed else (x, dz)
-    return dx, _block_diag_outer(how, blocks.shape[0], *outer), _bias_gradient(bias, dz)
-
-
-_block_diag.defvjp(_block_diag_fwd, _block_diag_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _block_diag_outer(how, num_blocks, x, dy):
-    block = (x.shape[1] // num_blocks, dy.shape[1] // num_blocks)
-    options = {"num_blocks": num_blocks, "precision": how.precision}
-    return _backends.call("block_diag_outer", how.backend, block, x, dy, **options)
-
-
-def _block_diag_outer_fwd(how, num_blocks, x, dy):
-    return _block_diag_outer(how, num_blocks, x, dy), (x, dy)
-
-
-def _block_diag_outer_bwd(how, num_blocks, saved, g):
-    x, dy = saved
-    forward = how._replace(transposed=False)
-    return _block_diag(how._replace(transposed=True), dy, g, None), _block_diag(forward, x, g, None)
-
-
-_block_diag_outer.defvjp(_block_diag_outer_fwd, _block_diag_outer_bwd)
-
-
-# ---- what the rules share --------------------------------------------------------------------------------
-
-
-def _stored(pattern: BlockPattern) -> dict[str, tuple[int, int]]:
-    stored = pattern.T if pattern.transposed else pattern
-    return {"shape": stored.shape, "block": stored.block}
-
-
-def _activate(how: _How, z):
-    if how.activation is None:
-        return z
-    return ACTIVATIONS[how.activation](z.astype(wide(z.dtype))).astype(z.dtype)
-
-
-def _through_activation(how: _How, z, dy):
-    if how.activation is None:
-        return dy
-    return jax.vjp(functools.partial(_activate, how), z)[1](dy)[0]
-
-
-def _bias_gradient(bias, dz):
-    if bias is None:
-        return None
-    return dz.sum(0, dtype=wide(dz.dtype)).astype(dz.dtype)
+def _stored(pattern: BlockPattern) -> dict[str, Any]:
+    """The sizes of the matrix as it is stored, and whether its transpose is meant."""
+    shape, block = pattern.shape, pattern.block
+    if pattern.transposed:
+        shape, block = shape[::-1], block[::-1]
+    return {"shape": shape, "block": block, "transposed": pattern.transposed}
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
@@ -314,8 +155,7 @@ def _check_features(x, features: int, why: str, name: str = "x") -> None:
         )
 
 
-def _check_call(x, others: dict, bias, out: int, activation, precision, backend) -> tuple[_How, Callable[[Any], Any]]:
-    """The static part of a checked call, and what to do to its result (an activation given as a function)."""
+def _check_call(x, others: dict, bias, out: int, backend) -> None:
     if bias is not None:
         others = {**others, "bias": bias}
         if jnp.shape(bias) != (out,):
@@ -329,9 +169,13 @@ def _check_call(x, others: dict, bias, out: int, activation, precision, backend)
                 f"for example {name}.astype(x.dtype); the Flax layers do so by their dtype argument."
             )
     _backends.check_name(backend)
+
+
+def _activation(activation: Activation) -> tuple[str | None, Callable[[jax.Array], jax.Array] | None]:
+    """The activation by the name that kernels know, or as a function of the result."""
     if callable(activation):
-        return _How(None, precision, backend), activation
+        return None, activation
     if activation is not None and activation not in ACTIVATIONS:
         known = ", ".join(map(repr, ACTIVATIONS))
         raise ValueError(f"unknown activation {activation!r}: give {known}, a function, or None.")
-    return _How(activation, precision, backend), lambda y: y
+    return activation, None

@@ -18,10 +18,14 @@ def describe() -> Device:
     return Device(found[0].device_kind, found[0].core_count) if found else Device()
 
 
-def why_no_gpu(platform: str, oldest: tuple[int, int], newest: tuple[int, int] | None = None) -> str | None:
-    """The reason why kernels for such compute capabilities can't run, or None."""
-    if platform not in ("cuda", "gpu"):
+def why_no_gpu(
+    platform: str, elsewhere: bool, oldest: tuple[int, int], newest: tuple[int, int] | None = None
+) -> str | None:
+    """The reason why kernels for such compute capabilities can't run here, or, `elsewhere`, on any such machine."""
+    if platform != "cuda":
         return f"these kernels run on an NVIDIA GPU, not on {platform}"
+    if elsewhere:
+        return None
     generations = [tuple(map(int, gpu.compute_capability.split("."))) for gpu in _gpus()]
     if not generations:
         return "this machine has no NVIDIA GPU"

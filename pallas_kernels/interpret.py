@@ -11,7 +11,7 @@ __all__ = ["block_diag_matmul", "block_diag_outer", "sddmm", "spmm", "spmm_grads
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
-def why_not(op: str, dtype, block: tuple[int, int], platform: str) -> str | None:
+def why_not(op: str, dtype, block: tuple[int, int], platform: str, elsewhere: bool = False) -> str | None:
     """Returns why `op` can't be interpreted, or None when it can."""
     name = jnp.dtype(dtype).name
     return None if name in _DTYPES else f"dtype {name} is not one of {', '.join(_DTYPES)}"

@@ -94,6 +94,12 @@ def test_per_sample_gradients_of_models_are_those_of_single_samples(make):
             torch.testing.assert_close(ours[i], theirs, atol=1e-5, rtol=1e-4)
 
 
+def test_forward_mode_goes_through_sparse_layers_in_jax():
+    sparse, x = BlockDiagLinear(6, 4, 2, backend="xla"), torch.randn(2, 6)
+    y, tangent = func.jvp(sparse, (x,), (x + 1,))
+    torch.testing.assert_close((y, tangent), (sparse(x), (x + 1) @ func.jacrev(sparse)(x[0]).T), atol=1e-5, rtol=1e-4)
+
+
 def test_dropout_under_vmap_asks_for_a_choice_as_torchs_does():
     torch.manual_seed(0)
     model, samples = make_flax().train(), torch.ones(8, 6)
@@ -105,9 +111,11 @@ def test_dropout_under_vmap_asks_for_a_choice_as_torchs_does():
 
 
 def test_what_torch_or_jax_cannot_transform_is_refused_with_a_reason():
-    sparse, x, w = BlockDiagLinear(6, 4, 2, backend="xla"), torch.ones(2, 6), W.clone().requires_grad_()
+    reverse = jax.custom_vjp(lambda x: x)
+    reverse.defvjp(lambda x: (x, None), lambda _, dy: (dy,))
+    x, w = torch.ones(2, 6), W.clone().requires_grad_()
     with pytest.raises(TypeError) as error:
-        func.jvp(sparse, (x,), (x,))
+        func.jvp(jax2torch(reverse), (x,), (x,))
     assert any("Use reverse mode" in note for note in error.value.__notes__)
     with pytest.raises(BridgeError, match="torch.func.vmap and jacrev work"):
         torch.autograd.grad(jax2torch(layer)(X, w).sum(1), w, torch.eye(5), is_grads_batched=True)

@@ -12,9 +12,16 @@ BASE = {"jaxsparse._indices", "jaxsparse._sizes"}
 FORMATS = BASE | {"jaxsparse.formats"}
 FILES = {"jaxsparse.files._limits", "jaxsparse.files.weights"}
 OPS = FORMATS | {"jaxsparse.ops"}
+PRODUCTS = {"jaxsparse._backends", *(f"jaxsparse.products.{name}" for name in ("_epilogue", "_rules", "_shards"))}
 # file -> what it may import beyond the standard library; "scipy" only where a user hands such a matrix in
 TABLE = {
-    "jaxsparse/__init__.py": {"jaxsparse.formats", "jaxsparse.ops", "jaxsparse.linen", "jaxsparse.nnx"},
+    "jaxsparse/__init__.py": {
+        "jaxsparse._backends",
+        "jaxsparse.formats",
+        "jaxsparse.ops",
+        "jaxsparse.linen",
+        "jaxsparse.nnx",
+    },
     "jaxsparse/_sizes.py": set(),
     "jaxsparse/_arguments.py": {"jaxsparse.formats"},
     "jaxsparse/_indices.py": NUMERIC | {"jaxsparse._sizes"},
@@ -22,9 +29,15 @@ TABLE = {
     "jaxsparse/_interop.py": NUMERIC | FORMATS | {"scipy"},
     "jaxsparse/reference.py": {"numpy", "jaxsparse.formats"},
     "jaxsparse/_xla.py": NUMERIC | BASE,
-    "jaxsparse/_platforms.py": {"jax"},
-    "jaxsparse/_backends.py": {"jax", "jaxsparse._platforms", "jaxsparse._xla", "cpu_kernels", "pallas_kernels"},
-    "jaxsparse/ops.py": NUMERIC | {"jaxsparse.formats", "jaxsparse._backends", "jaxsparse._xla"},
+    "jaxsparse/_backends.py": {"jax", "jaxsparse._xla", "cpu_kernels", "pallas_kernels"},
+    "jaxsparse/products/__init__.py": {"jaxsparse.products.block_diag", "jaxsparse.products.sparse"},
+    "jaxsparse/products/_shards.py": {"jax", "jaxsparse.products._rules"},
+    "jaxsparse/products/_rules.py": NUMERIC | {"jaxsparse._backends", "jaxsparse.products"},
+    "jaxsparse/products/_epilogue.py": NUMERIC | PRODUCTS | {"jaxsparse._xla"},
+    "jaxsparse/products/sparse.py": NUMERIC | PRODUCTS | {"jaxsparse._indices"},
+    "jaxsparse/products/block_diag.py": NUMERIC | PRODUCTS,
+    "jaxsparse/exporting.py": {"jax", "cpu_kernels"},
+    "jaxsparse/ops.py": NUMERIC | {"jaxsparse.formats", "jaxsparse._backends", "jaxsparse._xla", "jaxsparse.products"},
     "jaxsparse/_flax.py": NUMERIC | {"flax", "jaxsparse._arguments", "jaxsparse.formats", "jaxsparse._states"},
     "jaxsparse/linen.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},
     "jaxsparse/nnx.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},

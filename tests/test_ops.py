@@ -179,8 +179,3 @@ def test_bad_input_raises_with_the_numbers(name):
     call, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_forward_mode_is_refused_by_jax():
-    with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jvp(lambda x: spmm(x, W, P), (X,), (X,))

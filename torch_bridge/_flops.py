@@ -27,7 +27,7 @@ def _count(jaxpr: Jaxpr) -> Any:
 def _of_equation(equation: Any) -> Any:
     params, name = equation.params, equation.primitive.name
     shapes, results = ([v.aval.shape for v in side] for side in (equation.invars, equation.outvars))
-    sparse = getattr(params.get("choice"), "flops", None)
+    sparse = getattr(equation.primitive, "flops", None)
     if sparse is not None:  # a product of jaxsparse
         return sparse(shapes, results)
     if name == "dot_general":

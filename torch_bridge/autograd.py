@@ -110,7 +110,7 @@ class _Transformed(torch.autograd.Function):
         except TypeError as error:
             error.add_note(
                 f"torch_bridge: this was raised while deriving {ctx.op.name} in forward mode, which functions with a "
-                "custom_vjp rule, such as those of jaxsparse, do not have. Use reverse mode (torch.func.jacrev)."
+                "custom_vjp rule do not have. Use reverse mode (torch.func.jacrev)."
             )
             raise
         return tuple(_spread(results, ctx.inexact))

@@ -53,7 +53,7 @@ def jax2torch(fn: Callable) -> Callable:
     Raises:
       BridgeError: for an argument that cannot cross (sparse, float64 without x64, a tensor subclass that has operators
         of its own, ...) or is not hashable.
-      TypeError: in forward mode, if `fn` has a custom_vjp rule, as the ops of jaxsparse do.
+      TypeError: in forward mode, if `fn` has a custom_vjp rule.
     """
     traced = TracedFunction(fn, getattr(fn, "__name__", type(fn).__name__))
 

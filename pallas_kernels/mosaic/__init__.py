@@ -18,8 +18,8 @@ _DTYPES = ("bfloat16", "float16")
 _OLDEST_JAX = (0, 11, 2)
 
 
-def why_not(op: str, dtype, block: tuple[int, int], platform: str) -> str | None:
-    """Returns why `op` can't run on such arrays here, or None when it can."""
+def why_not(op: str, dtype, block: tuple[int, int], platform: str, elsewhere: bool = False) -> str | None:
+    """Returns why `op` can't run on such arrays here, or `elsewhere` on some machine, or None when it can."""
     name = jnp.dtype(dtype).name
     if name not in _DTYPES:
         return f"dtype {name} is not one of {', '.join(_DTYPES)}"
@@ -27,7 +27,7 @@ def why_not(op: str, dtype, block: tuple[int, int], platform: str) -> str | None
         return f"blocks of {tuple(block)} don't fit its tiles: each side must be 16, 32 or a multiple of 64"
     if jax.__version_info__ < _OLDEST_JAX:
         return f"JAX {jax.__version__} is older than {'.'.join(map(str, _OLDEST_JAX))}; it needs Python 3.12 or newer"
-    return why_no_gpu(platform, (9, 0), (9, 0))
+    return why_no_gpu(platform, elsewhere, (9, 0), (9, 0))
 
 
 def spmm(

@@ -17,14 +17,14 @@ __all__ = ["block_diag_matmul", "block_diag_outer", "sddmm", "spmm", "spmm_grads
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def why_not(op: str, dtype, block: tuple[int, int], platform: str) -> str | None:
-    """Returns why `op` can't run on such arrays here, or None when it can."""
+def why_not(op: str, dtype, block: tuple[int, int], platform: str, elsewhere: bool = False) -> str | None:
+    """Returns why `op` can't run on such arrays here, or `elsewhere` on some machine, or None when it can."""
     name = jnp.dtype(dtype).name
     if name not in _DTYPES:
         return f"dtype {name} is not one of {', '.join(_DTYPES)}"
     if "block_diag" not in op and tuple(block) != (1, 1) and min(block) < 16:
         return f"a block of {tuple(block)} fills only a part of the smallest tile of a tensor core, 16 x 16"
-    return why_no_gpu(platform, (8, 0))
+    return why_no_gpu(platform, elsewhere, (8, 0))
 
 
 def spmm(
@@ -64,22 +64,10 @@ def sddmm(x, dy, index, *, shape: tuple[int, int], block: tuple[int, int], preci
     return kernels.sample(x, dy, entries_of(index), block, precision=precision, interpret=interpret)
 
 
-def spmm_grads(
-    x,
-    dy,
-    blocks,
-    index,
-    *,
-    shape,
-    block,
-    precision=None,
-    wanted: tuple[bool, bool] = (True, True),
-    interpret: bool = False,
-):
-    """Returns (dy W^T, the blocks of x^T dy that W stores), or the wanted one alone, each by its own kernel."""
+def spmm_grads(x, dy, blocks, index, *, shape, block, precision=None, interpret: bool = False):
+    """Returns (dy W^T, the blocks of x^T dy that W stores), each by its own kernel."""
     how = {"shape": shape, "block": block, "precision": precision, "interpret": interpret}
-    dx = [spmm(dy, blocks, index, transposed=True, **how)] if wanted[0] else []
-    return (*dx, sddmm(x, dy, index, **how)) if wanted[1] else tuple(dx)
+    return spmm(dy, blocks, index, transposed=True, **how), sddmm(x, dy, index, **how)
 
 
 def block_diag_matmul(

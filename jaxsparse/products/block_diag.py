@@ -1,0 +1,145 @@
+"""The products with a block-diagonal matrix W of n blocks [i, o]: slice n of a row meets block n only.
+
+    block_diag_matmul  activation(x W + bias)
+    block_diag_outer   the diagonal blocks of x^T dy: what the gradient of the other by W is
+
+All leading dimensions of x and dy are rows. `transposed` puts W^T for W. Each is stated in the same order as in
+`sparse`.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax.interpreters import ad, batching
+
+from jaxsparse import _backends
+from jaxsparse.products._epilogue import finished, refuse_epilogue
+from jaxsparse.products._rules import Product, added, is_unknown, is_zero, multiply_adds, returned, rows
+from jaxsparse.products._shards import Shards
+
+
+def block_diag_matmul(x, w, bias=None, *, activation: str | None = None, transposed: bool = False, **how):
+    """activation(x W + bias), or of x W^T."""
+    return _matmul(x, w, bias, activation=activation, transposed=transposed, **how)
+
+
+# ---- block_diag_matmul ----------------------------------------------------------------------------------
+
+
+def _matmul_shapes(x, w, *_, transposed, **how):
+    n, i, o = w.shape
+    return [(*x.shape[:-1], n * (i if transposed else o))]
+
+
+def _matmul_kernel(platform, *, backend, **options):
+    def run(x, w, *bias):
+        kernel = _backends.kernel("block_diag_matmul", backend, x.dtype, w.shape[1:], platform)
+        y = kernel(rows(x), w, *bias, **options)
+        return y.reshape(*x.shape[:-1], y.shape[1])
+
+    return run
+
+
+def _matmul_jvp(primals, tangents, *, activation, **how):
+    (x, w), (tx, tw) = primals[:2], tangents[:2]
+    z = _matmul(*primals, activation=None, **how)
+    pairs = ((tx, w), tx), ((x, tw), tw)
+    terms = [_matmul(*pair, activation=None, **how) for pair, t in pairs if not is_zero(t)]
+    return finished(activation, z, terms, tangents[2:])
+
+
+# Linear in each: of the cotangent dy, x gets dy W^T, and W the blocks of x^T dy, or of dy^T x where it is transposed.
+def _matmul_transpose(dy, x, w, *bias, activation, transposed, **how):
+    refuse_epilogue(activation, [is_unknown(b) for b in bias])
+    count = 2 + len(bias)
+    if is_zero(dy):
+        return returned(count)
+    if is_unknown(x):
+        return returned(count, {0: _matmul(dy, w, activation=None, transposed=not transposed, **how)})
+    pair = (dy, x) if transposed else (x, dy)
+    return returned(count, {1: _outer(*pair, num_blocks=w.aval.shape[0], block=w.aval.shape[1:], **how)})
+
+
+# A batch of x alone is more rows; a batch of matrices is one matrix of more blocks.
+def _matmul_batched(operands, dims, **how):
+    x, w, *bias = operands
+    if all(d is None for d in dims[1:]):
+        return _matmul(jnp.moveaxis(x, dims[0], 0), w, *bias, **how), 0
+    size = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None)
+    w, *bias = (_batch_first(a, d, size) for a, d in zip(operands[1:], dims[1:], strict=True))
+    joined = (a.reshape(size * a.shape[1], *a.shape[2:]) for a in (w, *bias))
+    y = _matmul(_side_by_side(x, dims[0], size), *joined, **how)
+    return y.reshape(*y.shape[:-1], size, y.shape[-1] // size), y.ndim - 1
+
+
+_matmul = Product(
+    "block_diag_matmul",
+    shapes=_matmul_shapes,
+    kernel=_matmul_kernel,
+    shards=Shards(("Bn", "n..", "n"), ("Bn",)),
+    flops=lambda operands, _: multiply_adds(operands[0], operands[1]),
+)
+ad.primitive_jvps[_matmul] = _matmul_jvp
+ad.primitive_transposes[_matmul] = _matmul_transpose
+batching.primitive_batchers[_matmul] = _matmul_batched
+
+
+# ---- block_diag_outer -----------------------------------------------------------------------------------
+
+
+def _outer_shapes(x, dy, *, num_blocks, block, **how):
+    return [(num_blocks, *block)]
+
+
+def _outer_kernel(platform, *, num_blocks, block, backend, precision):
+    def run(x, dy):
+        kernel = _backends.kernel("block_diag_outer", backend, x.dtype, block, platform)
+        here = x.shape[-1] // block[0] if block[0] else num_blocks  # a device may have a share of them
+        return kernel(rows(x), rows(dy), num_blocks=here, precision=precision)
+
+    return run
+
+
+def _outer_jvp(primals, tangents, **how):
+    (x, dy), (tx, tdy) = primals, tangents
+    blocks = _outer(x, dy, **how)
+    terms = [_outer(*pair, **how) for pair, t in (((tx, dy), tx), ((x, tdy), tdy)) if not is_zero(t)]
+    return blocks, added(terms, blocks)
+
+
+# Linear in each: with the cotangent G as a block-diagonal matrix, x gets dy G^T and dy gets x G.
+def _outer_transpose(g, x, dy, *, num_blocks, block, **how):
+    if is_zero(g):
+        return returned(2)
+    if is_unknown(x):
+        return returned(2, {0: _matmul(dy, g, activation=None, transposed=True, **how)})
+    return returned(2, {1: _matmul(x, g, activation=None, transposed=False, **how)})
+
+
+def _outer_batched(operands, dims, *, num_blocks, **how):
+    size = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None)
+    x, dy = (_side_by_side(a, d, size) for a, d in zip(operands, dims, strict=True))
+    blocks = _outer(x, dy, num_blocks=size * num_blocks, **how)
+    return blocks.reshape(size, num_blocks, *blocks.shape[1:]), 0
+
+
+_outer = Product(
+    "block_diag_outer",
+    shapes=_outer_shapes,
+    kernel=_outer_kernel,
+    shards=Shards(("Bn", "Bn"), ("n..",)),
+    flops=lambda operands, results: multiply_adds(operands[0], results[0]),
+)
+ad.primitive_jvps[_outer] = _outer_jvp
+ad.primitive_transposes[_outer] = _outer_transpose
+batching.primitive_batchers[_outer] = _outer_batched
+
+
+def _batch_first(a, dim: int | None, size: int):
+    return jnp.broadcast_to(a, (size, *a.shape)) if dim is None else jnp.moveaxis(a, dim, 0)
+
+
+def _side_by_side(x, dim: int | None, size: int):
+    """The rows of a whole batch [size, ..., features] next to each other, [..., size * features]."""
+    x = jnp.moveaxis(_batch_first(x, dim, size), 0, -2)
+    return x.reshape(*x.shape[:-2], size * x.shape[-1])
