@@ -32,9 +32,12 @@ TABLE = {
     | {"flax", "jaxsparse.formats", "jaxsparse._arguments", "jaxsparse.linen", "jaxsparse.nnx", "jaxsparse._rules"},
     "jaxsparse/_select.py": NUMERIC,
     "jaxsparse/_places.py": NUMERIC | FORMATS | {"jaxsparse._select"},
-    "jaxsparse/_carry.py": NUMERIC,
+    "jaxsparse/_replicas.py": {"jax"},
+    "jaxsparse/_carry.py": NUMERIC | {"jaxsparse._replicas"},
     "jaxsparse/pruning.py": NUMERIC | {"jaxsparse._sizes"} | {"optax", "jaxsparse._select"},
-    "jaxsparse/dynamic.py": NUMERIC | FORMATS | {"jaxsparse._carry", "jaxsparse._places", "jaxsparse._select"},
+    "jaxsparse/dynamic.py": NUMERIC
+    | FORMATS
+    | {"jaxsparse._carry", "jaxsparse._places", "jaxsparse._replicas", "jaxsparse._select"},
     "jaxsparse/convert.py": {"numpy", "jaxtyping", "jaxsparse.formats"},
     "jaxsparse/_states.py": NUMERIC | FORMATS,
     "jaxsparse/_trees.py": NUMERIC | FORMATS,
