@@ -1,12 +1,10 @@
 """Run by test_mesh.py with eight CPU devices: layers whose initializers say where their numbers lie on a mesh."""
 
-import sys
 import tempfile
 from pathlib import Path
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -32,7 +30,6 @@ LAYERS = {
         ("model", None, None),
     ),
     "unstructured": (linen.SparseDense, sparse_nnx.SparseLinear, {"density": 0.5}, ("model",)),
-    "full": (linen.SparseDense, sparse_nnx.SparseLinear, {"density": 1.0}, ("model",)),
 }
 WRAPPERS = {
     "with_partitioning": nn.with_partitioning,
@@ -123,9 +120,9 @@ def check_nnx(name: str, mesh, how: str) -> None:
         for model in (create(), nnx.jit(create)()):
             same(nnx.state(model, nnx.Param), nnx.state(make(64, 32, **options, rngs=nnx.Rngs(0)), nnx.Param))
             optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
-            moments = nnx.pure(nnx.state(optimizer)["opt_state"][0]["mu"])
-            for values in (nnx.pure(nnx.state(model, nnx.Param)), moments):
-                assert {k: s[0] for k, s in specs(values).items()} == {"kernel": axes[0], "bias": "model"}, specs(values)
+            moments = nnx.state(optimizer)["opt_state"][0]["mu"]
+            for values in (nnx.state(model, nnx.Param), moments):
+                assert P(*values["kernel"][...].sharding.spec) == P(*axes) and values["bias"][...].sharding.spec == P("model")
         state = nnx.state(model)
         shardings = nnx.get_named_sharding(state, mesh)
         assert jax.tree.structure(shardings) == jax.tree.structure(state)
@@ -160,15 +157,15 @@ def check_checkpoints(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    assert jnp.ones(1).sharding.device_set and len(jax.devices()) == 8
+    assert len(jax.devices()) == 8
     for name in LAYERS:
-        for wrapper in WRAPPERS:
-            check_linen(name, wrapper)
-        for mesh in (AUTO, EXPLICIT):
-            for how in ("with_partitioning", "metadata"):
-                check_nnx(name, mesh, how)
+        check_linen(name, "with_partitioning")
+    check_linen("block-sparse", "with_logical_partitioning")
+    check_nnx("dense", AUTO, "metadata")
+    check_nnx("block-diagonal", EXPLICIT, "with_partitioning")
+    check_nnx("block-sparse", AUTO, "with_partitioning")
+    check_nnx("unstructured", EXPLICIT, "metadata")
     check_stacks()
     with tempfile.TemporaryDirectory() as folder:
         check_checkpoints(Path(folder))
     print("checked", len(LAYERS), "layers on", len(jax.devices()), "devices")
-    sys.exit(0)
