@@ -112,7 +112,9 @@ def work(args: argparse.Namespace) -> None:
         if args.worker == 0:
             print(f"{args.processes} processes, mesh {dict(mesh.shape)}: training from step {first}", flush=True)
         for step in range(first, args.steps):
-            advance(runs, batch_of(data, step, args, mesh), step, dies=step == args.kill_at and args.worker == args.victim)
+            advance(
+                runs, batch_of(data, step, args, mesh), step, dies=step == args.kill_at and args.worker == args.victim
+            )
             if (step + 1) % args.save_every == 0:
                 states = {name: run.state for name, run in runs.items()}
                 manager.save(step + 1, args=ocp.args.StandardSave(states))
@@ -182,7 +184,7 @@ def watch(workers: list[subprocess.Popen], folder: Path) -> None:
     seconds = time.monotonic() - begin
     ends = [f"process {k}: {_end(worker.poll())}" for k, worker in enumerate(workers)]
     raise SystemExit(
-        f"training stopped, and all ended within {seconds:.1f} of {PATIENCE} s; {', '.join(ends)}. What each said is in "
+        f"training stopped, and all ended within {seconds:.1f} of {PATIENCE} s; {', '.join(ends)}. What each said: "
         f"{folder}/worker_*.log. Start again, with any number of processes: training goes on from the last checkpoint."
     )
 

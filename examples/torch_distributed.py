@@ -61,7 +61,9 @@ def train(model: nn.Module, args: argparse.Namespace, rank: int = 0, processes: 
 def work(rank: int, args: argparse.Namespace, port: int, found: dict[str, list[float]]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=args.processes)
-    curves = {"DDP": train(DistributedDataParallel(make_model(0 if rank == 0 else 1, args.width)), args, rank, args.processes)}
+    curves = {
+        "DDP": train(DistributedDataParallel(make_model(0 if rank == 0 else 1, args.width)), args, rank, args.processes)
+    }
     sharded = make_model(0, args.width)
     mesh = init_device_mesh("cpu", (args.processes,))
     for layer in sharded:

@@ -30,7 +30,8 @@ def sparse_values(key, init, pattern: BlockPattern, dtype) -> Any:
 
     An initializer reads its fans off the shape it is asked for. So whole kernels of the effective fans are
     drawn and dealt out, and every initializer keeps its meaning; at density 1 it is the dense kernel itself.
-    What an initializer puts round a kernel, as `nn.with_partitioning` does, is put round the values: its axes are theirs.
+    What an initializer puts round a kernel, as `nn.with_partitioning` does, is put round the values: its axes are
+    those of the values.
     """
     if pattern.density == 1:
         kernel, boxed = _unboxed(init(key, pattern.shape, dtype))

@@ -26,8 +26,8 @@ class Parts:
     the matrix, or be empty.
 
     Every piece stores as many blocks as the fullest. What others lack is stored in *spare* block columns (of axis 0:
-    rows) behind the slice. The value there is zero, `fit` gives the spare inputs zeros, and `cut` takes the spare outputs
-    away. So padding adds exactly nothing to a result, and its gradient is exactly zero.
+    rows) behind the slice. The value there is zero, `fit` gives the spare inputs zeros, and `cut` takes the spare
+    outputs away. So padding adds exactly nothing to a result, and its gradient is exactly zero.
 
     Attributes:
       pattern: a BlockPattern of which each array has the leading axis of the pieces: the shape is that of one piece.
@@ -65,8 +65,8 @@ class Parts:
         """The one piece that a device has inside `jax.shard_map`."""
         if self.count != 1:
             raise ValueError(
-                f"there are {self.count} pieces here, not one: inside jax.shard_map over an axis of as many devices as "
-                "pieces, with in_specs=P(axis) for the parts, each device has one. Elsewhere use jax.vmap over .pattern."
+                f"there are {self.count} pieces here, not one: inside jax.shard_map over an axis of as many devices "
+                "as pieces, with in_specs=P(axis) for the parts, each has one. Elsewhere use jax.vmap over .pattern."
             )
         return jax.tree.map(lambda a: a[0], self.pattern)
 
@@ -93,7 +93,7 @@ class Parts:
 
     # ---- values -----------------------------------------------------------------------------------
 
-    def split(self, blocks: Float[Array, " *values"]) -> Float[Array, "count *part_values"]:
+    def split(self, blocks: Float[Array, " *values"]) -> Float[Array, count * part_values]:
         """The values of the whole matrix as those of its pieces, zero where they are padded.
 
         Raises ValueError unless they have the shape that the whole pattern stores.
@@ -104,7 +104,7 @@ class Parts:
         flat = jnp.zeros((self.count * self.pattern.nnzb, *wanted[1:]), jnp.asarray(blocks).dtype)
         return flat.at[self._places()].set(blocks, unique_indices=True).reshape(self.values_shape)
 
-    def join(self, values: Float[Array, "count *part_values"]) -> Float[Array, " *values"]:
+    def join(self, values: Float[Array, count * part_values]) -> Float[Array, " *values"]:
         """The values of the whole matrix, in its order: what `split` was given, bit for bit."""
         if jnp.shape(values) != self.values_shape:
             raise ValueError(
@@ -128,7 +128,7 @@ class Parts:
         return self.T if self.pattern.transposed else self
 
     def _coordinates(self) -> tuple[Array, Array, Array]:
-        """(row, column) in the whole matrix of every stored block, piece by piece, and whether it is none of padding."""
+        """(row, column) in the whole matrix of every stored block, piece by piece, and whether it is no padding."""
         at = [jax.vmap(lambda one: one.rows)(self.pattern), jax.vmap(lambda one: one.cols)(self.pattern)]
         slice_ = self.width // self.pattern.block[self.axis]
         real = at[self.axis] < slice_
@@ -183,11 +183,11 @@ def _check(pattern: BlockPattern, pieces: int, axis: int) -> None:
         raise ValueError(f"{pieces} pieces: there must be at least one, one for each device along the mesh axis.")
     if isinstance(pattern.row_index, jax.core.Tracer):
         raise ValueError(
-            "a pattern is cut by counting the blocks of each piece, so it must be concrete: call split outside jit, and "
-            "hand its result in, which is a pytree."
+            "a pattern is cut by counting the blocks of each piece, so it must be concrete: call split outside jit, "
+            "and hand its result in, which is a pytree."
         )
     if pattern.row_index.ndim != 1:
         raise ValueError(
-            f"the pattern's arrays carry {pattern.row_index.ndim - 1} leading axes: cut one layer of the stack at a time, "
-            "jax.tree.map(lambda a: a[k], pattern)."
+            f"the pattern's arrays carry {pattern.row_index.ndim - 1} leading axes: cut one layer of the stack at a "
+            "time, jax.tree.map(lambda a: a[k], pattern)."
         )

@@ -19,7 +19,8 @@ def on_whole(function: Callable[..., Any], *trees: Any) -> Any:
     """function(*trees) of whole arrays on every device, whatever share of them each one has; no gradient goes through.
 
     A sum that devices share is added in another order than on one device, and of nearly equal scores another may then
-    be the highest. So what is chosen by scores is chosen here. Inside `jax.shard_map` every device has what it is given.
+    be the highest. So what is chosen by scores is chosen here. Inside `jax.shard_map` every device has what it is
+    given.
     """
     types = [jax.typeof(array) for array in jax.tree.leaves(trees)]
     mesh = next((t.sharding.mesh for t in types if _is_explicit(t.sharding)), None)
@@ -61,7 +62,7 @@ def _lower(ctx, array):
     return mlir.lower_fun(_gathered(ctx.avals_in[0].ndim), multiple_results=False)(ctx, array)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _gathered(ndim: int):
     """The identity, of an array that no device has only a share of."""
     function = custom_partitioning(_as_it_is)

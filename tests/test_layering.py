@@ -17,7 +17,8 @@ TABLE = {
     "jaxsparse/_sizes.py": set(),
     "jaxsparse/_arguments.py": {"jaxsparse.formats"},
     "jaxsparse/_indices.py": NUMERIC | {"jaxsparse._sizes"},
-    "jaxsparse/formats.py": NUMERIC | BASE
+    "jaxsparse/formats.py": NUMERIC
+    | BASE
     | {"jaxsparse._interop", "jaxsparse._parts", "jaxsparse._parts.Parts", "jaxsparse._states", "scipy"},
     "jaxsparse/_parts.py": NUMERIC | FORMATS,
     "jaxsparse/_interop.py": NUMERIC | FORMATS | {"scipy"},

@@ -1,4 +1,4 @@
-"""Patterns cut into pieces of one size: the pieces make the whole product, padding makes nothing, and joining undoes it."""
+"""Patterns cut into pieces of one size: they make the whole product, padding makes nothing, and joining undoes it."""
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +118,10 @@ WRONG = {
     "values": (lambda: PATTERN.split(2, 1).split(jnp.ones(3)), r"shape \(3,\), but the whole pattern stores \(96,\)"),
     "pieces' values": (lambda: PATTERN.split(2, 1).join(jnp.ones((1, 48))), r"the 2 pieces store \(2, 48\)"),
     "one of several": (lambda: PATTERN.split(2, 1).own, "there are 2 pieces here, not one"),
-    "an input": (lambda: PATTERN.split(2, 0).fit(jnp.ones((3, 16))), r"a piece takes 8 inputs, got x of shape \(3, 16\)"),
+    "an input": (
+        lambda: PATTERN.split(2, 0).fit(jnp.ones((3, 16))),
+        r"a piece takes 8 inputs, got x of shape \(3, 16\)",
+    ),
     "features": (lambda: PATTERN.split(2, 0).slices(jnp.ones((3, 8))), "has 16 features along axis 0"),
 }
 
