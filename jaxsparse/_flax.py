@@ -65,7 +65,7 @@ def _unboxed(made: Any) -> tuple[jax.Array, Callable[[Any], Any]]:
     Flax's boxes are pytrees of one leaf, whose `unbox` would already hold this array to the sharding that is meant for
     the whole kernel. NNX's metadata is none, and holds the array as `raw_value`.
     """
-    if dataclasses.is_dataclass(made) and hasattr(made, "raw_value"):
+    if type(made).__name__ == "VariableMetadata":  # nothing here imports NNX, which Linen's users do without
         value, inner = _unboxed(made.raw_value)
         return value, lambda new: dataclasses.replace(made, raw_value=inner(new))
     (value,), tree = jax.tree.flatten(made)
