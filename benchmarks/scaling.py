@@ -140,7 +140,7 @@ def counted() -> dict[str, tuple[list[Collective], list[Collective]]]:
 
     rows, size, block, model = 64, 512, 16, 4
     pattern = BlockPattern.random(jax.random.key(0), (size, size), density=0.25, block=block)
-    parts = {n: pattern.split(n, 1) for n in (model, 8)}
+    by_8, by_4 = (pattern.split(n, 1) for n in (8, model))
     by_rows, diagonals = pattern.split(8, 0), jnp.ones((8, 64, 64))
     x, blocks = jnp.ones((rows, size)), jnp.ones(pattern.values_shape)
     line = jax.sharding.Mesh(jax.devices(), ("d",))
@@ -178,13 +178,13 @@ def counted() -> dict[str, tuple[list[Collective], list[Collective]]]:
     programs = {
         "batch": (line, batch, (x, blocks, x), (of, whole, of), (of, of, whole)),
         "diagonal blocks": (line, diagonal, (x, diagonals, x), (slices, of, slices), (slices, slices, of)),
-        "columns": (line, columns, (x, parts[8].split(blocks), x, parts[8]), (whole, of, slices, of), (slices, whole, of)),
+        "columns": (line, columns, (x, by_8.split(blocks), x, by_8), (whole, of, slices, of), (slices, whole, of)),
         "rows": (line, by_row, (x, by_rows.split(blocks), x, by_rows), (slices, of, whole, of), (whole, slices, of)),
         "nnz": (line, nnz, (x, blocks, x), (of, of, of), (of, of, of)),
         "batch x columns": (
             grid,
             both,
-            (x, parts[model].split(blocks), x, parts[model]),
+            (x, by_4.split(blocks), x, by_4),
             (P("batch"), P("model"), two, P("model")),
             (two, P("batch"), P("model")),
         ),
@@ -192,7 +192,7 @@ def counted() -> dict[str, tuple[list[Collective], list[Collective]]]:
     found = {}
     for way, (mesh, step, operands, ins, outs) in programs.items():
         program = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False))
-        stored = parts[model].split(blocks).size if way == "batch x columns" else blocks.size
+        stored = by_4.split(blocks).size if way == "batch x columns" else blocks.size
         layer = Layer(rows, size, stored, 4)
         found[way] = in_program(program.lower(*operands).compile().as_text()), collectives(way, layer, 8, model)
     return found

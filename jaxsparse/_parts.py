@@ -8,6 +8,7 @@ import operator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import core
 from jaxtyping import Array, Float
 
 from jaxsparse import _indices
@@ -93,7 +94,7 @@ class Parts:
 
     # ---- values -----------------------------------------------------------------------------------
 
-    def split(self, blocks: Float[Array, " *values"]) -> Float[Array, count * part_values]:
+    def split(self, blocks: Float[Array, " *values"]) -> Float[Array, "count nnzb *block"]:
         """The values of the whole matrix as those of its pieces, zero where they are padded.
 
         Raises ValueError unless they have the shape that the whole pattern stores.
@@ -104,7 +105,7 @@ class Parts:
         flat = jnp.zeros((self.count * self.pattern.nnzb, *wanted[1:]), jnp.asarray(blocks).dtype)
         return flat.at[self._places()].set(blocks, unique_indices=True).reshape(self.values_shape)
 
-    def join(self, values: Float[Array, count * part_values]) -> Float[Array, " *values"]:
+    def join(self, values: Float[Array, "count nnzb *block"]) -> Float[Array, " *values"]:
         """The values of the whole matrix, in its order: what `split` was given, bit for bit."""
         if jnp.shape(values) != self.values_shape:
             raise ValueError(
@@ -181,7 +182,7 @@ def _check(pattern: BlockPattern, pieces: int, axis: int) -> None:
         raise ValueError(f"axis={axis!r}: 0 cuts the inputs (row parallel), 1 the outputs (column parallel).")
     if operator.index(pieces) < 1:
         raise ValueError(f"{pieces} pieces: there must be at least one, one for each device along the mesh axis.")
-    if isinstance(pattern.row_index, jax.core.Tracer):
+    if isinstance(pattern.row_index, core.Tracer):
         raise ValueError(
             "a pattern is cut by counting the blocks of each piece, so it must be concrete: call split outside jit, "
             "and hand its result in, which is a pytree."
