@@ -5,6 +5,7 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -12,7 +13,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxsparse import checkpoint, linen
+from jaxsparse import BlockPattern, checkpoint, linen, spmm
 from jaxsparse import nnx as sparse_nnx
 
 AUTO, EXPLICIT = (
@@ -137,6 +138,33 @@ def check_nnx(name: str, mesh, how: str) -> None:
         same(jax.device_put(state, shardings), state)
 
 
+def check_parts(axis: int, block: int) -> None:
+    """Column and row parallel: eight pieces on eight devices make the product, and get their values' gradients."""
+    pattern = BlockPattern.random(jax.random.key(2), (60, 52), density=0.4, block=block)
+    parts, x = pattern.split(8, axis), jax.random.normal(KEY, (4, 60))
+    blocks = jax.random.normal(KEY, pattern.values_shape)
+    inputs, outputs = ((P(None, "d"), P()), (P(), P(None, "d")))[axis]
+
+    def step(x, values, parts):
+        def piece(values):
+            return parts.cut(spmm(parts.fit(x), values[0], parts.own))
+
+        y, back = jax.vjp(piece, values)
+        y = jax.lax.psum(y, "d") if axis == 0 else y
+        return y, *back(jnp.ones_like(y))
+
+    line = jax.sharding.Mesh(jax.devices(), ("d",))
+    specs = {"in_specs": (inputs, P("d"), P("d")), "out_specs": (outputs, P("d"))}
+    split = jax.jit(jax.shard_map(step, mesh=line, **specs, check_vma=False))
+    y, dw = split(parts.slices(x) if axis == 0 else x, parts.split(blocks), parts)
+    truth, back = jax.vjp(lambda w: spmm(x, w, pattern), blocks)
+    np.testing.assert_allclose(y[:, :52], truth, rtol=1e-5, atol=1e-5)
+    inside = parts.split(jnp.ones_like(blocks)) != 0
+    np.testing.assert_allclose(parts.join(dw), back(jnp.ones_like(truth))[0], rtol=1e-5, atol=1e-5)
+    if axis == 0:
+        assert not np.asarray(dw)[~np.asarray(inside)].any()
+
+
 def check_checkpoints(folder: Path) -> None:
     """Saved by a mesh of 2 x 4, restored onto one of 4 x 2 and onto one device, pattern included, in both forms."""
     make, _, options, axes = LAYERS["unstructured"]
@@ -172,6 +200,8 @@ if __name__ == "__main__":
     check_nnx("block-sparse", AUTO, "with_partitioning")
     check_nnx("unstructured", EXPLICIT, "metadata")
     check_stacks()
+    for axis, block in ((0, 1), (1, 4)):
+        check_parts(axis, block)
     with tempfile.TemporaryDirectory() as folder:
         check_checkpoints(Path(folder))
     print("checked", len(LAYERS), "layers on", len(jax.devices()), "devices")
