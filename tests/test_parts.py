@@ -29,7 +29,7 @@ def product(parts, x, values):
     y = jax.vmap(one)(jnp.arange(parts.count), values, parts.pattern)
     if parts.axis == 0:
         return y.sum(0)
-    return jnp.moveaxis(y, 0, -2).reshape(*x.shape[:-1], -1)[..., : parts.shape[1]]
+    return jnp.moveaxis(y, 0, -2).reshape(*x.shape[:-1], parts.count * parts.width)[..., : parts.shape[1]]
 
 
 def padding_of(parts):
