@@ -8,12 +8,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jaxsparse._replicas import laid_as, unsharded
+
 Path = str | tuple[str, ...] | None
 
 
 def take(values: Array, source: Int[Array, " new"]) -> Array:
     """values[source], zero where the source is past the end."""
-    return jnp.asarray(values).at[source].get(mode="fill", fill_value=0)
+    values = jnp.asarray(values)
+    taken = unsharded(values).at[source].get(mode="fill", fill_value=0)
+    return laid_as(taken, values) if taken.shape == values.shape else taken
 
 
 def take_state(opt_state: Any, source: Int[Array, " new"], shape: tuple[int, ...], path: Path) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.serialization
 import jax
@@ -17,31 +19,57 @@ from jaxsparse.formats import Index as _Index
 # ---- initial values ---------------------------------------------------------------------------------
 
 
-def block_diag_values(key, init, shape: tuple[int, int, int], dtype) -> jax.Array:
-    """[n, i, o]: every block is drawn as a dense layer's (i, o) kernel of its own."""
-    return _kernels(key, init, *shape, dtype)
+def block_diag_values(key, init, shape: tuple[int, int, int], dtype) -> Any:
+    """[n, i, o]: every block is drawn as a dense layer's (i, o) kernel of its own; in a box, if `init` gives one."""
+    values, boxed = _kernels(key, init, *shape, dtype)
+    return boxed(values)
 
 
-def sparse_values(key, init, pattern: BlockPattern, dtype) -> jax.Array:
+def sparse_values(key, init, pattern: BlockPattern, dtype) -> Any:
     """Values of a pattern, as a dense layer of its mean fan-in and fan-out draws them; zero beyond the edge.
 
     An initializer reads its fans off the shape it is asked for. So whole kernels of the effective fans are
     drawn and dealt out, and every initializer keeps its meaning; at density 1 it is the dense kernel itself.
+    What an initializer puts round a kernel, as `nn.with_partitioning` does, is put round the values: its axes are
+    those of the values.
     """
     if pattern.density == 1:
-        return pattern.gather(init(key, pattern.shape, dtype))
+        kernel, boxed = _unboxed(init(key, pattern.shape, dtype))
+        return boxed(pattern.gather(kernel))
     size = math.prod(pattern.values_shape)
     kernels = -(-size // (pattern.fan_in * pattern.fan_out))
-    values = _kernels(key, init, kernels, pattern.fan_in, pattern.fan_out, dtype)
+    values, boxed = _kernels(key, init, kernels, pattern.fan_in, pattern.fan_out, dtype)
     values = values.reshape(-1)[:size].reshape(pattern.values_shape)
     inside = pattern.edge_mask()
-    return values if inside is None else jnp.where(inside, values, 0)
+    return boxed(values if inside is None else jnp.where(inside, values, 0))
 
 
-def _kernels(key, init, n: int, fan_in: int, fan_out: int, dtype) -> jax.Array:
+def _kernels(key, init, n: int, fan_in: int, fan_out: int, dtype) -> tuple[jax.Array, Callable]:
+    """[n, fan_in, fan_out], and the function that puts other values where `init` put these."""
     if n == 1:  # the very numbers that a dense layer draws from this key
-        return init(key, (fan_in, fan_out), dtype)[None]
-    return jax.vmap(lambda key: init(key, (fan_in, fan_out), dtype))(jax.random.split(key, n))
+        kernel, boxed = _unboxed(init(key, (fan_in, fan_out), dtype))
+        return kernel[None], boxed
+    boxes = []
+
+    def draw(key):
+        kernel, boxed = _unboxed(init(key, (fan_in, fan_out), dtype))
+        boxes.append(boxed)
+        return kernel
+
+    return jax.vmap(draw)(jax.random.split(key, n)), boxes[0]
+
+
+def _unboxed(made: Any) -> tuple[jax.Array, Callable[[Any], Any]]:
+    """The array in what an initializer made, and the function that makes the same of another array.
+
+    Flax's boxes are pytrees of one leaf, whose `unbox` would already hold this array to the sharding that is meant for
+    the whole kernel. NNX's metadata is none, and holds the array as `raw_value`.
+    """
+    if type(made).__name__ == "VariableMetadata":  # nothing here imports NNX, which Linen's users do without
+        value, inner = _unboxed(made.raw_value)
+        return value, lambda new: dataclasses.replace(made, raw_value=inner(new))
+    (value,), tree = jax.tree.flatten(made)
+    return value, lambda new: tree.unflatten([new])
 
 
 # ---- patterns ---------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 Each takes values, pattern and optimizer state and returns them anew: under `jit` a whole run is one program. Kept
 entries take their values and moments along bit by bit; grown ones start at zero in all of them. Of equal scores the
 entry that is stored first, by output column and then by input row, is kept or grown; scores are compared in float32.
+
+Under `jit` on a mesh every device chooses from whole arrays, so that all choose the same, and the same as one device.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from jaxsparse import _places, _select
 from jaxsparse._carry import Path, take, take_state
 from jaxsparse._places import NOWHERE
+from jaxsparse._replicas import on_whole
 from jaxsparse._sizes import count_kept, count_stored
 from jaxsparse.formats import BlockPattern
 
@@ -63,8 +66,7 @@ def rigl(
         )
         return blocks, pattern.T, opt_state
     count, capacity = _check(blocks, pattern, drop_fraction)
-    rows = _check_batch(x, dy, pattern.shape)
-    x, dy = (jnp.asarray(a, jnp.float32).reshape(rows, a.shape[-1]) for a in (x, dy))
+    _check_batch(x, dy, pattern.shape)
     new, source = _rigl(blocks, pattern, x, dy, count, capacity)
     return take(blocks, source), new, take_state(opt_state, source, blocks.shape, path)
 
@@ -109,8 +111,12 @@ def gradual(
     Source: Zhu & Gupta 2017, arXiv:1710.01878.
     """
     pattern.check_values(blocks)
-    kept = _select.highest(_magnitudes(blocks), _count(density, math.prod(pattern.grid)))
-    source = jnp.where(kept, jnp.arange(pattern.nnzb, dtype=jnp.int32), pattern.nnzb)
+
+    def chosen(blocks, count):
+        kept = _select.highest(_magnitudes(blocks), count)
+        return kept, jnp.where(kept, jnp.arange(kept.size, dtype=jnp.int32), kept.size)
+
+    kept, source = on_whole(chosen, blocks, _count(density, math.prod(pattern.grid)))
     mask = jnp.broadcast_to(kept.reshape(-1, *(1,) * (blocks.ndim - 1)), blocks.shape)
     return take(blocks, source), take_state(opt_state, source, blocks.shape, path), mask
 
@@ -134,9 +140,13 @@ def compact(
     if count > pattern.nnzb:
         raise ValueError(f"density={density} keeps {count} blocks, but only {pattern.nnzb} are stored.")
     _places.check_grid(pattern.grid)
-    kept = _select.highest(_magnitudes(blocks), jnp.int32(count))
-    new = _places.pattern_of(_select.packed(kept, _places.places(pattern), count, NOWHERE), pattern)
-    source = _select.packed(kept, jnp.arange(pattern.nnzb, dtype=jnp.int32), count, 0)
+
+    def chosen(blocks, pattern):
+        kept = _select.highest(_magnitudes(blocks), jnp.int32(count))
+        new = _places.pattern_of(_select.packed(kept, _places.places(pattern), count, NOWHERE), pattern)
+        return new, _select.packed(kept, jnp.arange(pattern.nnzb, dtype=jnp.int32), count, 0)
+
+    new, source = on_whole(chosen, blocks, pattern)
     return take(blocks, source), new, take_state(opt_state, source, blocks.shape, path)
 
 
@@ -157,7 +167,7 @@ def move(
         raise ValueError(f"values move between patterns of one shape, block and view, not from {pattern} to {new}.")
     _places.check_grid(pattern.grid)
     old, new = (p.T if p.transposed else p for p in (pattern, new))
-    source = _places.sources(_places.places(old), _places.places(new))
+    source = on_whole(lambda old, new: _places.sources(_places.places(old), _places.places(new)), old, new)
     return take(blocks, source), take_state(opt_state, source, blocks.shape, path)
 
 
@@ -166,16 +176,23 @@ def move(
 
 @functools.partial(jax.jit, static_argnames="capacity")
 def _rigl(blocks, pattern, x, dy, count, capacity: int):
-    kept = _select.highest(_magnitudes(blocks), pattern.nnzb - count)
-    return _regrown(pattern, kept, _strongest(x, dy, pattern, kept, count, capacity))
+    def chosen(blocks, pattern, x, dy, count):
+        x, dy = (jnp.asarray(a, jnp.float32).reshape(-1, a.shape[-1]) for a in (x, dy))
+        kept = _select.highest(_magnitudes(blocks), pattern.nnzb - count)
+        return _regrown(pattern, kept, _strongest(x, dy, pattern, kept, count, capacity))
+
+    return on_whole(chosen, blocks, pattern, x, dy, count)
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
 def _set(key, blocks, pattern, count, capacity: int):
-    kept = _select.highest(_magnitudes(blocks), pattern.nnzb - count)
-    taken = _select.packed(kept, _places.places(pattern), pattern.nnzb, NOWHERE)
-    grown = _places.draw_others(key, taken, pattern.nnzb - count, pattern.grid, count, capacity)
-    return _regrown(pattern, kept, grown)
+    def chosen(key, blocks, pattern, count):
+        kept = _select.highest(_magnitudes(blocks), pattern.nnzb - count)
+        taken = _select.packed(kept, _places.places(pattern), pattern.nnzb, NOWHERE)
+        grown = _places.draw_others(key, taken, pattern.nnzb - count, pattern.grid, count, capacity)
+        return _regrown(pattern, kept, grown)
+
+    return on_whole(chosen, key, blocks, pattern, count)
 
 
 def _regrown(pattern: BlockPattern, kept, grown: UInt[Array, " capacity"]):
@@ -283,9 +300,8 @@ def _check(blocks, pattern: BlockPattern, drop_fraction) -> tuple[Int[Array, ""]
     return count, pattern.nnzb if isinstance(drop_fraction, jax.Array) else int(count)
 
 
-def _check_batch(x, dy, shape: tuple[int, int]) -> int:
+def _check_batch(x, dy, shape: tuple[int, int]) -> None:
     if jnp.shape(x)[-1:] != shape[:1] or jnp.shape(dy)[-1:] != shape[1:] or x.shape[:-1] != dy.shape[:-1]:
         raise ValueError(
             f"x and dy must be [*batch, {shape[0]}] and [*batch, {shape[1]}], got {jnp.shape(x)} and {jnp.shape(dy)}."
         )
-    return math.prod(x.shape[:-1])

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import scipy.sparse
     from jax.experimental import sparse as jsparse
 
+    from jaxsparse._parts import Parts
+
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -205,7 +207,7 @@ class BlockPattern:
             raise ValueError(f"score has shape {score.shape}, but {shape} in blocks of {block} is a grid of {grid}.")
         if np.isnan(score).any():
             raise ValueError(f"score holds {np.isnan(score).sum()} NaN: which blocks to keep is undefined.")
-        keep = _highest(score.ravel(), count_stored(density, shape, block)).reshape(grid)
+        keep = _indices.highest(score.ravel(), count_stored(density, shape, block)).reshape(grid)
         cols, rows = np.nonzero(keep.T)
         return cls.from_indices(rows, cols, shape=shape, block=block)
 
@@ -257,6 +259,16 @@ class BlockPattern:
         places = [np.asarray(p.cols, np.int64) * self.grid[0] + np.asarray(p.rows) for p in (self, other)]
         cols, rows = np.divmod(np.union1d(*places), self.grid[0])
         return type(self).from_indices(rows, cols, shape=self.shape, block=self.block)
+
+    def split(self, pieces: int, axis: int) -> Parts:
+        """The pattern cut into pieces of one static size, one for each device along a mesh axis: see `Parts`.
+
+        Axis 1 cuts the outputs (column parallel), axis 0 the inputs (row parallel).
+        Raises ValueError for another axis, for no pieces, for a stack of patterns, and under a trace.
+        """
+        from jaxsparse import _parts
+
+        return _parts.split(self, pieces, axis)
 
     # ---- values ---------------------------------------------------------------------------------
 
@@ -359,13 +371,3 @@ def _cut(w, block: tuple[int, int]) -> Any:
     if rows % i or cols % o:
         w = xp.pad(w, ((0, -rows % i), (0, -cols % o)))
     return w.reshape(w.shape[0] // i, i, w.shape[1] // o, o)
-
-
-def _highest(score: np.ndarray, count: int) -> np.ndarray:
-    """A mask of the `count` highest scores; of equal ones the earlier. Linear time, unlike a sort."""
-    if count == 0:
-        return np.zeros(score.shape, bool)
-    least = np.partition(score, score.size - count)[score.size - count]
-    keep = score > least
-    keep[np.flatnonzero(score == least)[: count - keep.sum()]] = True
-    return keep

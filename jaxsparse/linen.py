@@ -9,6 +9,9 @@ Each gets its own, drawn from a key that you give, and then the pattern must be 
 
     nn.scan(..., variable_axes={"params": 0, "pattern": 0}, split_rngs={"params": True, "pattern": True})
     model.init({"params": key, "pattern": other_key}, x)
+
+Initializers in `nn.with_partitioning` and the like work as for `nn.Dense`; the axes that they name are those of the
+values. Every device has the whole pattern.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,12 +19,14 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
+from jax.sharding import PartitionSpec
 
 from jaxsparse import _arguments, _flax, ops
 from jaxsparse.formats import BlockPattern
 
 _kernel_init = nnx.initializers.lecun_normal()
 _bias_init = nnx.initializers.zeros_init()
+_NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 
 class Pattern(nnx.Variable):
@@ -31,7 +34,13 @@ class Pattern(nnx.Variable):
 
     It takes also the dict that Orbax makes of a pattern, which `BlockPattern.from_state` then checks; so do
     `nnx.update` and `nnx.merge` of a pure dict. One of another shape or block than the pattern in place is refused.
+    A PartitionSpec in its place, as `nnx.get_partition_spec` puts it there, becomes one for each of its arrays.
     """
+
+    @property
+    def sharding(self):
+        """A pattern with the sharding of each array in its place; of an abstract one, None."""
+        return jax.tree.map(lambda array: getattr(array, "sharding", None), self.get_value())
 
     def create_value(self, value):
         return super().create_value(_as_pattern(value))
@@ -46,6 +55,11 @@ class Pattern(nnx.Variable):
     def from_metadata(cls, value, attributes):
         return super().from_metadata(_as_pattern(value), attributes)
 
+    def copy(self, *value, **updates):
+        return super().copy(*(_for_each_array(new, self.get_raw_value()) for new in value), **updates)
+
+    replace = copy
+
 
 class BlockDiagLinear(nnx.Module):
     """A linear layer whose weight is block-diagonal: `num_blocks` independent layers side by side.
@@ -57,8 +71,8 @@ class BlockDiagLinear(nnx.Module):
     Args:
       in_features, out_features: sizes, multiples of `num_blocks`.
       num_blocks: how many blocks, at least 1.
-      use_bias, dtype, param_dtype, precision, kernel_init, bias_init, rngs: as in `nnx.Linear`; the fan-in
-        that `kernel_init` sees is that of one block.
+      use_bias, dtype, param_dtype, precision, kernel_init, bias_init, rngs, kernel_metadata, bias_metadata: as in
+        `nnx.Linear`; the fan-in that `kernel_init` sees is that of one block, and the kernel has three axes.
       activation: "relu", "gelu", "silu" or a function, applied last.
       backend: a back end by name; None picks the best.
     Raises:
@@ -80,11 +94,14 @@ class BlockDiagLinear(nnx.Module):
         activation: ops.Activation = None,
         backend: str | None = None,
         rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] = _NO_METADATA,
+        bias_metadata: Mapping[str, Any] = _NO_METADATA,
     ):
         i = _arguments.features_per_block("in_features", in_features, num_blocks)
         o = _arguments.features_per_block("out_features", out_features, num_blocks)
-        self.kernel = nnx.Param(_flax.block_diag_values(rngs.params(), kernel_init, (num_blocks, i, o), param_dtype))
-        self.bias = _bias(bias_init, out_features, param_dtype, use_bias, rngs)
+        kernel = _flax.block_diag_values(rngs.params(), kernel_init, (num_blocks, i, o), param_dtype)
+        self.kernel = nnx.Param(kernel, **kernel_metadata)
+        self.bias = _bias(bias_init, out_features, param_dtype, use_bias, rngs, bias_metadata)
         self.in_features, self.out_features, self.num_blocks = in_features, out_features, num_blocks
         self.use_bias, self.dtype, self.param_dtype, self.precision = use_bias, dtype, param_dtype, precision
         self.activation, self.backend = activation, backend
@@ -110,8 +127,8 @@ class BlockSparseLinear(nnx.Module):
       block: (i, o), or b for (b, b); a `pattern` brings its own.
       pattern: a BlockPattern of shape (in_features, out_features).
       mask: an (in_features, out_features) array; a block exists where any of its entries is set.
-      use_bias, dtype, param_dtype, precision, kernel_init, bias_init, rngs: as in `nnx.Linear`; the fan-in
-        that `kernel_init` sees is the mean number of stored inputs of an output.
+      use_bias, dtype, param_dtype, precision, kernel_init, bias_init, rngs, kernel_metadata, bias_metadata: as in
+        `nnx.Linear`; the fan-in that `kernel_init` sees is the mean number of stored inputs of an output.
       activation: "relu", "gelu", "silu" or a function, applied last.
       backend: a back end by name; None picks the best.
       seed: another one gives another random pattern.
@@ -139,13 +156,16 @@ class BlockSparseLinear(nnx.Module):
         backend: str | None = None,
         seed: int = 0,
         rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] = _NO_METADATA,
+        bias_metadata: Mapping[str, Any] = _NO_METADATA,
     ):
         shape = (in_features, out_features)
         key = functools.partial(_pattern_key, rngs, seed)
         pattern = _flax.make_pattern(key, shape, density, block, pattern, mask)
         self.pattern = Pattern(pattern)
-        self.kernel = nnx.Param(_flax.sparse_values(rngs.params(), kernel_init, pattern, param_dtype))
-        self.bias = _bias(bias_init, out_features, param_dtype, use_bias, rngs)
+        kernel = _flax.sparse_values(rngs.params(), kernel_init, pattern, param_dtype)
+        self.kernel = nnx.Param(kernel, **kernel_metadata)
+        self.bias = _bias(bias_init, out_features, param_dtype, use_bias, rngs, bias_metadata)
         self.in_features, self.out_features = shape
         self.use_bias, self.dtype, self.param_dtype, self.precision = use_bias, dtype, param_dtype, precision
         self.activation, self.backend = activation, backend
@@ -196,8 +216,12 @@ def _as_pattern(value: Any, before: Any = None) -> Any:
     return pattern
 
 
-def _bias(init: Initializer, features: int, dtype: Dtype, use_bias: bool, rngs: nnx.Rngs):
-    return nnx.Param(init(rngs.params(), (features,), dtype)) if use_bias else nnx.data(None)
+def _for_each_array(value: Any, pattern: Any) -> Any:
+    return jax.tree.map(lambda _: value, pattern) if isinstance(value, PartitionSpec) else value
+
+
+def _bias(init: Initializer, features: int, dtype: Dtype, use_bias: bool, rngs: nnx.Rngs, metadata: Mapping[str, Any]):
+    return nnx.Param(init(rngs.params(), (features,), dtype), **metadata) if use_bias else nnx.data(None)
 
 
 def _read(variable: nnx.Param | None) -> jax.Array | None:

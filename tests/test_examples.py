@@ -45,8 +45,8 @@ def mnist_like(tmp_path):
     return path
 
 
-def run(name: str, *args, cwd: Path, extra_path: str = "") -> str:
-    """Standard output of an example, which must succeed."""
+def run(name: str, *args, cwd: Path, extra_path: str = "", fails: bool = False) -> str:
+    """Standard output of an example, which must succeed; what it says as an error of one that must fail."""
     paths = [extra_path, str(ROOT), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / f"{name}.py"), *map(str, args)],
@@ -55,9 +55,9 @@ def run(name: str, *args, cwd: Path, extra_path: str = "") -> str:
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, f"{name}.py failed:\n{done.stdout}\n{done.stderr}"
+    assert (done.returncode == 1) if fails else (done.returncode == 0), f"{name}.py:\n{done.stdout}\n{done.stderr}"
     assert "step/s" not in done.stderr, "a progress bar was drawn where nobody looks"
-    return done.stdout
+    return done.stderr if fails else done.stdout
 
 
 def hidden_from_python(package: str, folder: Path) -> str:
@@ -200,3 +200,42 @@ def test_the_small_gpt_runs_with_every_mlp(tmp_path):
     dense, small, wide, diagonal = (int(of_mlps.replace(",", "")) for *_, of_mlps in found)
     assert 4 * small == dense == wide == diagonal
     assert all(float(bits) < 9 for _, bits, *_ in found)
+
+
+PROCESSES = ["--width", 160, "--batch", 64, "--steps", 8, "--save-every", 3]
+LOSSES = r"^(dense|block-diagonal) +loss (\S+) -> (\S+)$"
+
+
+@pytest.fixture
+def orbax():
+    pytest.importorskip("orbax.checkpoint", reason="Orbax, which writes the checkpoints, is not installed")
+
+
+def test_four_processes_learn_as_one_does(digits, picture_and_bar, orbax, tmp_path):
+    out = run("many_processes", "--processes", 4, "--compare", *PROCESSES, cwd=tmp_path)
+    assert "mesh {'batch': 2, 'blocks': 2}" in out and "mesh {'batch': 1, 'blocks': 1}" in out
+    names = [name for name, *_ in re.findall(LOSSES, out, re.MULTILINE)]
+    assert names == 2 * ["dense", "block-diagonal"]
+    differences = dict(re.findall(r"^(\S+) +largest difference to one process (\S+)$", out, re.MULTILINE))
+    floor = 4 * np.finfo(np.float32).eps * 3  # losses are below 3
+    assert float(differences["block-diagonal"]) <= max(2 * float(differences["dense"]), floor)
+
+
+def test_a_killed_process_ends_all_and_training_goes_on_with_another_number(digits, picture_and_bar, orbax, tmp_path):
+    said = run("many_processes", "--processes", 2, "--kill-at", 5, *PROCESSES, cwd=tmp_path, fails=True)
+    ended = re.search(r"all ended within (\S+) of 20 s; process 0: ended with code \S+, process 1: was killed", said)
+    assert ended and float(ended[1]) < 20 and "goes on from the last checkpoint" in said
+    again = run("many_processes", "--processes", 1, *PROCESSES, cwd=tmp_path)
+    assert "training from step 3" in again
+    whole = run("many_processes", "--processes", 1, *PROCESSES, "--folder", "whole", cwd=tmp_path)
+    after, never_killed = ([float(row[2]) for row in re.findall(LOSSES, s, re.MULTILINE)] for s in (again, whole))
+    assert len(after) == 2 and after == pytest.approx(never_killed, abs=2e-4)
+
+
+@needs_torch
+def test_ddp_and_fsdp_learn_as_one_process_does(tmp_path):
+    out = run("torch_distributed", "--steps", 8, "--width", 64, cwd=tmp_path)
+    found = re.findall(r"^(DDP|FSDP2) +loss (\S+) -> (\S+) +largest difference (\S+)$", out, re.MULTILINE)
+    assert [name for name, *_ in found] == ["DDP", "FSDP2"]
+    for _, first, last, difference in found:
+        assert float(last) < float(first) and float(difference) < 1e-5

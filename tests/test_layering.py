@@ -25,7 +25,10 @@ TABLE = {
     "jaxsparse/_sizes.py": set(),
     "jaxsparse/_arguments.py": {"jaxsparse.formats"},
     "jaxsparse/_indices.py": NUMERIC | {"jaxsparse._sizes"},
-    "jaxsparse/formats.py": NUMERIC | BASE | {"jaxsparse._interop", "jaxsparse._states", "scipy"},
+    "jaxsparse/formats.py": NUMERIC
+    | BASE
+    | {"jaxsparse._interop", "jaxsparse._parts", "jaxsparse._parts.Parts", "jaxsparse._states", "scipy"},
+    "jaxsparse/_parts.py": NUMERIC | FORMATS,
     "jaxsparse/_interop.py": NUMERIC | FORMATS | {"scipy"},
     "jaxsparse/reference.py": {"numpy", "jaxsparse.formats"},
     "jaxsparse/_xla.py": NUMERIC | BASE,
@@ -46,9 +49,12 @@ TABLE = {
     | {"flax", "jaxsparse.formats", "jaxsparse._arguments", "jaxsparse.linen", "jaxsparse.nnx", "jaxsparse._rules"},
     "jaxsparse/_select.py": NUMERIC,
     "jaxsparse/_places.py": NUMERIC | FORMATS | {"jaxsparse._select"},
-    "jaxsparse/_carry.py": NUMERIC,
+    "jaxsparse/_replicas.py": {"jax"},
+    "jaxsparse/_carry.py": NUMERIC | {"jaxsparse._replicas"},
     "jaxsparse/pruning.py": NUMERIC | {"jaxsparse._sizes"} | {"optax", "jaxsparse._select"},
-    "jaxsparse/dynamic.py": NUMERIC | FORMATS | {"jaxsparse._carry", "jaxsparse._places", "jaxsparse._select"},
+    "jaxsparse/dynamic.py": NUMERIC
+    | FORMATS
+    | {"jaxsparse._carry", "jaxsparse._places", "jaxsparse._replicas", "jaxsparse._select"},
     "jaxsparse/convert.py": {"numpy", "jaxtyping", "jaxsparse.formats"},
     "jaxsparse/_states.py": NUMERIC | FORMATS,
     "jaxsparse/_trees.py": NUMERIC | FORMATS,
