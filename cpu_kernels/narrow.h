@@ -3,21 +3,13 @@
 #pragma once
 
 #include "micro.h"
+#include "unstructured.h"
 
 namespace jaxsparse_cpu {
 namespace {
 
-// One part of the lines against one tile, into sums [(last - first) * width][T].
-template <class S>
-struct NarrowPart {
-  const Product& p;
-  int64_t first, last;
-  const Sum<S>* tile;
-  Sum<S>* sums;
-};
-
 template <int L, int NV, class S, bool kTransposed>
-void add_blocks(const NarrowPart<S>& part) {
+void add_blocks(const Part<S>& part) {
   using A = Sum<S>;
   constexpr int T = NV * L;
   const Product& p = part.p;
@@ -57,27 +49,34 @@ bool is_narrow(const Product& p) {
 
 constexpr int64_t kColumnsPerTask = 256;
 
-// A product over batch-minor tiles of at most two vectors.
-template <class S>
-bool narrow_spmm(const Product& p, const Pool& pool) {
+// A product over batch-minor tiles of at most kMost vectors.
+template <class S, int kMost, bool kBlocks>
+bool tiled_spmm(const Product& p, const Pool& pool) {
   using A = Sum<S>;
-  constexpr int kMost = 2;
+  const S* x = static_cast<const S*>(p.x);
   const Lines& lines = p.lines;
   const Batch<A, kMost> batch(p.m);
-  const int workers = workers_for(pool, double(batch.padded * p.depth * p.width) * double(lines.entries));
+  // An entry costs a few cycles of its own, and loads twice as much as a block's.
+  const double each = kBlocks ? double(batch.padded * p.depth * p.width) : 24. + 2. * batch.padded;
+  const int workers = workers_for(pool, each * double(lines.entries));
   const int64_t slabs = workers == 1 ? 1 : ceil_div(p.in, 64);
   const int64_t parts = workers == 1 ? 1 : ceil_div(lines.lines * p.width, kColumnsPerTask);
-  const int64_t own = kMost * kVectorBytes * p.width * lines.lines;
+  const int64_t own = ceil_div(kMost * kVectorBytes * p.width + 4, 64) * 64 * lines.lines;
   const int64_t step = batch.per_round(sizeof(A) * p.in), rows = batch.row(least(step, batch.count));
   Scratch packed(sizeof(A) * rows * p.in), sums(own * workers);
   if (!packed.data() || !sums.data()) return false;
   A* tiles = reinterpret_cast<A*>(packed.data());
   Flag wrong;
   Round round{0, 0, 0};
+  const auto packed_at = [&](int64_t row) { return tiles + (row - round.begin) * p.in; };
   const auto pack = [&](int64_t task, int) {
-    pack_slab<S>(batch, round, static_cast<const S*>(p.x), p.in, task, slabs, tiles);
+    const int64_t s = task % slabs;
+    batch.visit(round.first + task / slabs, [&](auto tile, int64_t row) {
+      pack_tile<tile.L, tile.NV>(x, p.m, p.in, row, slab_begin(p.in, s, slabs),
+                                 slab_begin(p.in, s + 1, slabs), packed_at(row));
+    });
     if (round.first == 0 && task < slabs &&
-        !in_range(lines, line_of_part(lines, task, slabs), line_of_part(lines, task + 1, slabs)))
+        !in_range(lines, line_of_part(lines, s, slabs), line_of_part(lines, s + 1, slabs)))
       wrong.raise();
   };
   const auto multiply = [&](int64_t task, int worker) {
@@ -87,8 +86,12 @@ bool narrow_spmm(const Product& p, const Pool& pool) {
     A* sum = reinterpret_cast<A*>(sums.data() + own * worker);
     batch.visit(round.first + task / parts, [&](auto tile, int64_t row) {
       constexpr int L = tile.L, NV = tile.NV, T = tile.T;
-      const NarrowPart<S> part{p, first, last, tiles + (row - round.begin) * p.in, sum};
-      (p.transposed ? add_blocks<L, NV, S, true> : add_blocks<L, NV, S, false>)(part);
+      int32_t* cursors = reinterpret_cast<int32_t*>(sum + (last - first) * p.width * T);
+      const Part<S> part{p, first, last, packed_at(row), sum, cursors};
+      if constexpr (kBlocks)
+        (p.transposed ? add_blocks<L, NV, S, true> : add_blocks<L, NV, S, false>)(part);
+      else
+        add_part<L, NV, S>(part);
       const int64_t end = least(last * p.width, p.out);
       for (int64_t c = first * p.width; c < end; c += L)
         unpack_tile<L, NV>(sum + (c - first * p.width) * T, row, p.m, p.out, c,

@@ -77,14 +77,6 @@ int64_t line_of_part(const Lines& lines, int64_t part, int64_t parts) {
   return lines.lines < 64 * parts ? low : low / 16 * 16;  // whole vectors of results, where that is fair
 }
 
-// How many lines the longest of `parts` parts has.
-int64_t longest_part(const Lines& lines, int64_t parts) {
-  int64_t longest = 0;
-  for (int64_t part = 0; part < parts; ++part)
-    longest = most(longest, line_of_part(lines, part + 1, parts) - line_of_part(lines, part, parts));
-  return longest;
-}
-
 // Where slab `s` of `slabs` begins: at a whole vector, so that only the last one ends raggedly.
 int64_t slab_begin(int64_t width, int64_t s, int64_t slabs) {
   return s == slabs ? width : width * s / slabs / 16 * 16;
@@ -204,24 +196,6 @@ struct Batch {
     with_tile<A, kMost>(m - at, [&](auto tile) { f(tile, at); });
   }
 };
-
-// Batch rows that meet an entry before the next one is fetched: entries come from memory once for all of them.
-constexpr int64_t kGroupRows = 256;
-
-// Tiles of a group, where all are full.
-template <class A, int kMost>
-constexpr int64_t kGroupTiles = most<int64_t>(1, kGroupRows / (kMost * kLanes<A>));
-
-// One slab of one tile of a round into `tiles`, which hold the round; tasks run through the slabs of a tile first.
-template <class S, int kMost>
-void pack_slab(const Batch<Sum<S>, kMost>& batch, const Round& round, const S* x, int64_t width, int64_t task,
-               int64_t slabs, Sum<S>* tiles) {
-  const int64_t s = task % slabs;
-  batch.visit(round.first + task / slabs, [&](auto tile, int64_t row) {
-    pack_tile<tile.L, tile.NV>(x, batch.m, width, row, slab_begin(width, s, slabs), slab_begin(width, s + 1, slabs),
-                               tiles + (row - round.begin) * width);
-  });
-}
 
 }  // namespace
 }  // namespace jaxsparse_cpu

@@ -14,16 +14,98 @@ constexpr int kGradVectors = 8;
 constexpr int kGradVectors = 4;
 #endif
 
-// Features of a group of tiles that stay in the second-level cache while all lines read them; up to four times
-// as many where a line would meet too few entries in a slice to pay for coming back to it.
-constexpr int64_t kGradSliceBytes = 128 << 10;
-constexpr int64_t kEntriesPerVisit = 24;
+// Features of a tile that stay in the second-level cache while all lines read them; twice as
+// many where a line would meet too few entries in a slice to pay for coming back to it.
+constexpr int64_t kGradSliceBytes = 256 << 10;
+constexpr int64_t kEntriesPerVisit = 32;
 
 int64_t grad_slice(const Lines& lines, int64_t features, int64_t feature_bytes) {
-  const int64_t least_slice = most<int64_t>(1, kGradSliceBytes / feature_bytes);
-  int64_t slice = least_slice;
-  while (slice < 4 * least_slice && lines.entries * slice < kEntriesPerVisit * lines.lines * features) slice *= 2;
-  return slice;
+  const int64_t slice = most<int64_t>(1, kGradSliceBytes / feature_bytes);
+  const bool few = lines.entries * slice < kEntriesPerVisit * lines.lines * features;
+  return few ? 2 * slice : slice;
+}
+
+// One tile against a chunk of lines. For entry k of line n:
+//   dots[k] += <own[n], other[index[k]]>    and, if kBoth,    sum[n] += values[k] * other[...]
+// `gathered` and `dots` lie in the order of the lines, so that only the first tile reads values
+// through `order`, and only the last one writes dvalues through it: both jump about in memory.
+template <class S>
+struct Pass {
+  const Sum<S>*own, *other;  // tiles
+  const S* values;
+  Sum<S>*gathered, *dots, *partial;  // partial: [L][L], any finished numbers
+  S* dvalues;
+  bool first, last;
+};
+
+// One entry: its gathered vectors feed both products, so loads are half of the multiply-adds.
+template <int L, int NV, bool kBoth, class A>
+ALWAYS_INLINE Vector<A, L> meet(const A* row, A value, const Vector<A, L> (&own)[NV],
+                                Vector<A, L> (&sum)[NV]) {
+  const Vector<A, L> a = splat<L>(value);
+  Vector<A, L> dot[2] = {};
+#pragma GCC unroll 8
+  for (int v = 0; v < NV; ++v) {
+    Vector<A, L> other = load<L>(row + v * L);
+    if (kBoth) keep(other);
+    dot[v % 2] = v < 2 ? own[v] * other : dot[v % 2] + own[v] * other;
+    if (kBoth) sum[v] += a * other;
+  }
+  return NV > 1 ? dot[0] + dot[1] : dot[0];
+}
+
+// Entries [k, end) of line n, L at a time, whose dots are summed across lanes together.
+template <int L, int NV, bool kBoth, class S>
+void pass_line(const Lines& lines, int64_t n, int64_t k, int64_t end, const Pass<S>& p,
+               Sum<S>* out) {
+  using A = Sum<S>;
+  using V = Vector<A, L>;
+  constexpr int T = NV * L;
+  const int32_t* order = lines.order;
+  V own[NV], sum[NV] = {};
+#pragma GCC unroll 8
+  for (int v = 0; v < NV; ++v) {
+    own[v] = load<L>(p.own + n * T + v * L);
+  }
+  for (; k < end; k += L) {
+    const int64_t count = least<int64_t>(L, end - k);
+    if (kBoth && p.first)
+      for (int64_t i = k; i < k + count; ++i) p.gathered[i] = widen(p.values[order[i]]);
+    for (int64_t i = 0; i < count; ++i) {
+      const A* row = p.other + int64_t{lines.index[k + i]} * T;
+      const A value = kBoth ? p.gathered[k + i] : A(0);
+      store<L>(p.partial + i * L, meet<L, NV, kBoth>(row, value, own, sum));
+    }
+    V r[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) r[i] = load<L>(p.partial + i * L);
+    V dots = sums<L>(r);
+    if (!p.first) dots += load_some<L>(p.dots + k, count);
+    if (!p.last) {
+      store_some<L>(p.dots + k, dots, count);
+    } else if (!kBoth) {
+      store_some<L>(p.dvalues + k, dots, count);
+    } else {
+      A lanes[L];
+      store<L>(lanes, dots);
+      for (int64_t i = 0; i < count; ++i) narrow(p.dvalues + order[k + i], lanes[i]);
+    }
+  }
+  if (kBoth)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) store<L>(out + v * L, load<L>(out + v * L) + sum[v]);
+}
+
+// The first of [k, end) whose index is at least `limit`.
+int64_t seek(const int32_t* index, int64_t k, int64_t end, int64_t limit) {
+  while (k < end) {
+    const int64_t middle = (k + end) / 2;
+    if (index[middle] < limit)
+      k = middle + 1;
+    else
+      end = middle;
+  }
+  return k;
 }
 
 // The operand whose features are the lines (own), the one that is gathered (other), results.
@@ -35,174 +117,45 @@ struct Grads {
   S *dvalues, *dx;
 };
 
-// Entries of a line that meet one tile after the other, while their partial sums wait in the first-level cache.
-constexpr int64_t kEntriesPerRun = 64;
-
-// Some entries of one line: for each of them a vector of sums that are not yet added up across lanes.
-template <class A, int kWide>
-struct Run {
-  static constexpr int L = kWide;
-  const int32_t* index;
-  int64_t count;
-  alignas(64) A values[kEntriesPerRun], partial[kEntriesPerRun * L];
-};
-
-// One tile:  partial[i] += own * other[index[i]], lane by lane, and, if kBoth,  out += values[i] * other[index[i]].
-// An entry's gathered vectors feed both products, so loads are half of the multiply-adds.
-template <int L, int NV, bool kBoth, class A, int kWide>
-void meet_tile(Run<A, kWide>& run, const A* own_row, const A* other, A* out) {
-  using V = Vector<A, L>;
-  V own[NV], sum[NV] = {};
-#pragma GCC unroll 8
-  for (int v = 0; v < NV; ++v) own[v] = load<L>(own_row + v * L);
-  for (int64_t i = 0; i < run.count; ++i) {
-    const A* row = other + int64_t{run.index[i]} * (NV * L);
-    keep_address(row);
-    const V a = splat<L>(kBoth ? run.values[i] : A(0));
-    A* to = run.partial + i * kWide;
-    V dot[2] = {load<L>(to), V{}};
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
-      V there = load<L>(row + v * L);
-      if (kBoth) keep(there);
-      dot[v % 2] += own[v] * there;
-      if (kBoth) sum[v] += a * there;
-    }
-    store<L>(to, NV > 1 ? dot[0] + dot[1] : dot[0]);
-  }
-  if (kBoth)
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) store<L>(out + v * L, load<L>(out + v * L) + sum[v]);
-}
-
-// A group of tiles, which an entry meets together, so that one sum across lanes serves them all.
-template <class A>
-struct Group {
-  int64_t first, last, row;  // tiles [first, last), of which the first begins at batch row `row`
-  bool starts, ends;         // the batch
-  const A *own, *other;      // its tiles
-  A *sums, *dots;            // dots: in the order of the lines, for a batch of several groups
-  int32_t* cursors;
-};
-
-// The sums of entries [k, k + run.count) across lanes, to where they belong.
-template <class S, int L>
-void finish_run(const Grads<S>& g, const Group<Sum<S>>& group, Run<Sum<S>, L>& run, int64_t k) {
-  using A = Sum<S>;
-  const int32_t* order = g.lines.order;
-  for (int64_t i = 0; i < run.count; i += L) {
-    const int64_t count = least<int64_t>(L, run.count - i), at = k + i;
-    Vector<A, L> r[L];
-#pragma GCC unroll 16
-    for (int j = 0; j < L; ++j) r[j] = load<L>(run.partial + (i + j) * L);
-    Vector<A, L> dots = sums<L>(r);
-    if (!group.starts) dots += load_some<L>(group.dots + at, count);
-    if (!group.ends) {
-      store_some<L>(group.dots + at, dots, count);
-    } else if (!order) {
-      store_some<L>(g.dvalues + at, dots, count);
-    } else {
-      A lanes[L];
-      store<L>(lanes, dots);
-      for (int64_t j = 0; j < count; ++j) narrow(g.dvalues + order[at + j], lanes[j]);
-    }
-  }
-}
-
-// Entries [k, end) of line n, the `place`-th of `places`, against all tiles of a group.
-template <class S, bool kBoth, int L>
-void visit_line(const Grads<S>& g, const Batch<Sum<S>, kGradVectors>& batch, const Group<Sum<S>>& group, int64_t n,
-                int64_t place, int64_t places, int64_t k, int64_t end, Run<Sum<S>, L>& run) {
-  using A = Sum<S>;
-  for (; k < end; k += kEntriesPerRun) {
-    run.index = g.lines.index + k;
-    run.count = least(kEntriesPerRun, end - k);
-    if (kBoth)
-      for (int64_t i = 0; i < run.count; ++i) run.values[i] = widen(g.values[g.lines.order[k + i]]);
-    for (int64_t i = 0; i < run.count; i += L)
-#pragma GCC unroll 16
-      for (int j = 0; j < L; ++j) store<L>(run.partial + (i + j) * L, Vector<A, L>{});
-    for (int64_t t = group.first; t < group.last; ++t)
-      batch.visit(t, [&](auto tile, int64_t row) {
-        const int64_t at = row - group.row;
-        if constexpr (tile.L <= L)
-          meet_tile<tile.L, tile.NV, kBoth>(run, group.own + at * g.own_width + n * tile.T,
-                                            group.other + at * g.other_width,
-                                            group.sums + at * places + place * tile.T);
-      });
-    finish_run<S>(g, group, run, k);
-  }
-}
-
-// The first of [k, end) whose index is at least `limit`: near k, and the entries before it are about to be read.
-int64_t seek(const int32_t* index, int64_t k, int64_t end, int64_t limit) {
-  while (k + 16 <= end && index[k + 15] < limit) k += 16;
-  while (k < end && index[k] < limit) ++k;
-  return k;
-}
-
-// Asks for what `count` entries from k on will gather and scatter, and for the index of those from `later` on.
-template <class S>
-void fetch_early(const Grads<S>& g, int64_t k, int64_t end, int64_t later) {
-  const int32_t* order = g.lines.order;
-  for (; k < end; ++k) {
-    __builtin_prefetch(g.values + order[k]);
-    __builtin_prefetch(g.dvalues + order[k], 1);
-  }
-  for (int64_t i = 0; i < 64; i += 16) {
-    __builtin_prefetch(g.lines.index + later + i);
-    __builtin_prefetch(order + later + i);
-  }
-}
-
-// Lines [first, last) against a group of tiles of at most L lanes a vector, slice after slice of the gathered operand.
-template <class S, bool kBoth, int L>
-void visit_lines_by(const Grads<S>& g, const Batch<Sum<S>, kGradVectors>& batch, const Group<Sum<S>>& group,
-                    int64_t first, int64_t last) {
-  using A = Sum<S>;
-  const Lines& lines = g.lines;
-  const int64_t places = last - first, rows = batch.row(group.last) - group.row;
-  Run<A, L> run;
-  for (int64_t n = first; n < last; ++n) group.cursors[n - first] = lines.ptr[n];
-  if (kBoth) __builtin_memset(group.sums, 0, places * rows * sizeof(A));
-  const int64_t slice = grad_slice(lines, g.other_width, rows * sizeof(A));
-  for (int64_t f = slice;; f += slice) {
-    for (int64_t n = first; n < last; ++n) {
-      int32_t& k = group.cursors[n - first];
-      const int64_t end = lines.ptr[n + 1];
-      const int64_t stop = f < g.other_width ? seek(lines.index, k, end, f) : end;
-      if (kBoth && rows > L && n + 2 < last) {
-        const int64_t next = group.cursors[n + 1 - first];
-        fetch_early<S>(g, next, least<int64_t>(next + stop - k, lines.ptr[n + 2]), group.cursors[n + 2 - first]);
-      }
-      visit_line<S, kBoth>(g, batch, group, n, n - first, places, k, stop, run);
-      k = static_cast<int32_t>(stop);
-    }
-    if (f >= g.other_width) break;
-  }
-}
-
-// The same, and dx of the group.
+// Everything a chunk of lines needs, tile after tile: the sum over the batch has one order.
 template <class S, bool kBoth>
-void visit_lines(const Grads<S>& g, const Batch<Sum<S>, kGradVectors>& batch, const Group<Sum<S>>& group,
-                 int64_t first, int64_t last) {
-  const int64_t places = last - first;
-  if (group.last - group.first > 1)
-    visit_lines_by<S, kBoth, kLanes<Sum<S>>>(g, batch, group, first, last);
-  else
-    batch.visit(group.first, [&](auto tile, int64_t) { visit_lines_by<S, kBoth, tile.L>(g, batch, group, first, last); });
-  if (!kBoth) return;
-  for (int64_t t = group.first; t < group.last; ++t)
+void pass_chunk(const Grads<S>& g, const Batch<Sum<S>, kGradVectors>& batch, const Round& round,
+                int64_t first, int64_t last, Pass<S> pass, const Sum<S>* own, const Sum<S>* other,
+                Sum<S>* sum) {
+  using A = Sum<S>;
+  alignas(64) A partial[kLanes<A> * kLanes<A>] = {};
+  pass.partial = partial;
+  for (int64_t t = round.first; t < round.last; ++t) {
+    pass.first = t == 0;
+    pass.last = t == batch.count - 1;
     batch.visit(t, [&](auto tile, int64_t row) {
-      for (int64_t n = first; n < last; n += tile.L)
-        unpack_tile<tile.L, tile.NV, S>(group.sums + (row - group.row) * places + (n - first) * tile.T, row, g.m,
-                                        g.own_width, n, least<int64_t>(tile.L, last - n), nullptr, Activation::none,
-                                        g.dx);
+      constexpr int L = tile.L, NV = tile.NV, T = tile.T;
+      pass.own = own + (row - round.begin) * g.own_width;
+      pass.other = other + (row - round.begin) * g.other_width;
+      int32_t* cursors = reinterpret_cast<int32_t*>(sum + (kBoth ? (last - first) * T : 0));
+      for (int64_t n = first; n < last; ++n) cursors[n - first] = g.lines.ptr[n];
+      if (kBoth)
+        for (int64_t i = 0; i < (last - first) * T; i += L) store<L>(sum + i, Vector<A, L>{});
+      const int64_t slice = grad_slice(g.lines, g.other_width, T * sizeof(A));
+      for (int64_t f = slice;; f += slice) {
+        for (int64_t n = first; n < last; ++n) {
+          int32_t& k = cursors[n - first];
+          const int64_t end = g.lines.ptr[n + 1];
+          const int64_t stop = f < g.other_width ? seek(g.lines.index, k, end, f) : end;
+          pass_line<L, NV, kBoth>(g.lines, n, k, stop, pass, sum + (n - first) * T);
+          k = static_cast<int32_t>(stop);
+        }
+        if (f >= g.other_width) break;
+      }
+      if (kBoth)
+        for (int64_t n = first; n < last; n += L)
+          unpack_tile<L, NV, S>(sum + (n - first) * T, row, g.m, g.own_width, n,
+                                least<int64_t>(L, last - n), nullptr, Activation::none, g.dx);
     });
+  }
+  if (batch.count == 0)
+    for (int64_t k = g.lines.ptr[first]; k < g.lines.ptr[last]; ++k) narrow(g.dvalues + k, A(0));
 }
-
-// Lines of a part at most: their sums and operands pass through the second-level cache beside a slice.
-constexpr int64_t kGradLinesPerPart = 1024;
 
 template <class S, bool kBoth>
 bool unstructured_outer(const Grads<S>& g, const Pool& pool) {
@@ -210,46 +163,47 @@ bool unstructured_outer(const Grads<S>& g, const Pool& pool) {
   const Lines& lines = g.lines;
   const Batch<A, kGradVectors> batch(g.m);
   const int workers = workers_for(pool, (kBoth ? 2. : 1.) * double(g.m) * double(lines.entries));
-  const int64_t slabs = workers == 1 ? 1 : 16, tiles_of_group = kGroupTiles<A, kGradVectors>;
-  const int64_t parts = most<int64_t>(workers == 1 ? 1 : workers * 2, ceil_div(lines.lines, kGradLinesPerPart));
-  const int64_t pair = g.own_width + g.other_width, longest = longest_part(lines, parts);
-  const int64_t step = ceil_div(batch.per_round(sizeof(A) * pair), tiles_of_group) * tiles_of_group;
-  const int64_t rows = batch.row(least(step, batch.count)), group_rows = batch.row(least(tiles_of_group, batch.count));
-  const int64_t own_scratch = ceil_div(longest * (4 + (kBoth ? group_rows * sizeof(A) : 0)), 64) * 64;
+  const int64_t slabs = workers == 1 ? 1 : 16, parts = workers == 1 ? 1 : workers * 2;
+  const int64_t entries = ceil_div(lines.entries, 16) * 16, pair = g.own_width + g.other_width;
+  const int64_t own_scratch =
+      ceil_div(lines.lines * (4 + (kBoth ? kGradVectors * kVectorBytes : 0)), 64) * 64;
+  const int64_t step = batch.per_round(sizeof(A) * pair), rows = batch.row(least(step, batch.count));
   Scratch packed(sizeof(A) * rows * pair), sums(own_scratch * workers);
-  Scratch dots(batch.count > tiles_of_group ? sizeof(A) * lines.entries : 0);
-  if (!packed.data() || !sums.data() || !dots.data()) return false;
+  Scratch ordered(sizeof(A) * entries * (kBoth ? 2 : 1));
+  if (!packed.data() || !sums.data() || !ordered.data()) return false;
   A* own_tiles = reinterpret_cast<A*>(packed.data());
   A* other_tiles = own_tiles + rows * g.own_width;
+  A* dots = reinterpret_cast<A*>(ordered.data());
   Flag wrong;
   Round round{0, 0, 0};
   const auto pack = [&](int64_t task, int) {
-    if (task / slabs < round.last - round.first) {
-      pack_slab<S>(batch, round, g.own, g.own_width, task, slabs, own_tiles);
-      pack_slab<S>(batch, round, g.other, g.other_width, task, slabs, other_tiles);
-    } else if (const int64_t s = task % slabs;
-               !in_range(lines, line_of_part(lines, s, slabs), line_of_part(lines, s + 1, slabs))) {
-      wrong.raise();
+    const int64_t s = task % slabs;
+    if (task / slabs == round.last - round.first) {
+      if (!in_range(lines, line_of_part(lines, s, slabs), line_of_part(lines, s + 1, slabs)))
+        wrong.raise();
+      return;
     }
+    batch.visit(round.first + task / slabs, [&](auto tile, int64_t row) {
+      const auto pack_slab = [&](const S* x, int64_t width, A* tiles) {
+        pack_tile<tile.L, tile.NV>(x, g.m, width, row, slab_begin(width, s, slabs),
+                                   slab_begin(width, s + 1, slabs), tiles + (row - round.begin) * width);
+      };
+      pack_slab(g.own, g.own_width, own_tiles);
+      pack_slab(g.other, g.other_width, other_tiles);
+    });
   };
   const auto multiply = [&](int64_t part, int worker) {
     if (wrong.up()) return;
-    const int64_t first = line_of_part(lines, part, parts), last = line_of_part(lines, part + 1, parts);
-    A* sum = reinterpret_cast<A*>(sums.data() + own_scratch * worker);
-    int32_t* cursors = reinterpret_cast<int32_t*>(sum + (kBoth ? longest * group_rows : 0));
-    for (int64_t t = round.first; t < round.last; t += tiles_of_group) {
-      const int64_t end = least(t + tiles_of_group, round.last), row = batch.row(t), at = row - round.begin;
-      const Group<A> group{t, end, row, t == 0, end == batch.count, own_tiles + at * g.own_width,
-                           other_tiles + at * g.other_width, sum, reinterpret_cast<A*>(dots.data()), cursors};
-      visit_lines<S, kBoth>(g, batch, group, first, last);
-    }
-    if (batch.count == 0)
-      for (int64_t k = lines.ptr[first]; k < lines.ptr[last]; ++k) narrow(g.dvalues + k, A(0));
+    const Pass<S> pass{nullptr, nullptr, g.values, dots + entries, dots, nullptr, g.dvalues, 0, 0};
+    pass_chunk<S, kBoth>(g, batch, round, line_of_part(lines, part, parts),
+                         line_of_part(lines, part + 1, parts), pass, own_tiles, other_tiles,
+                         reinterpret_cast<A*>(sums.data() + own_scratch * worker));
   };
   batch.in_rounds(step, [&](const Round& next) {
     round = next;
     const int64_t checks = round.first == 0 ? slabs : 0;
-    const Phase phases[] = {phase((round.last - round.first) * slabs + checks, pack), phase(parts, multiply)};
+    const Phase phases[] = {phase((round.last - round.first) * slabs + checks, pack),
+                            phase(parts, multiply)};
     run_phases(pool, workers, phases, 2);
     return !wrong.up();
   });

@@ -206,12 +206,6 @@ ALWAYS_INLINE void keep(V& v) {
 #endif
 }
 
-// Keeps an address in one register: with a base and an index, each use is split into two operations.
-template <class T>
-ALWAYS_INLINE void keep_address(T*& p) {
-  __asm__("" : "+r"(p));
-}
-
 // The first `count` lanes only. The tails are calls: they are rare and would bloat every kernel.
 template <int L, class S>
 __attribute__((noinline)) void store_tail(S* p, Vector<Sum<S>, L> v, int64_t count) {
