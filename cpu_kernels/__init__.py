@@ -125,7 +125,7 @@ def _ffi_call(name, results):
     import jax
 
     load()
-    return jax.ffi.ffi_call(f"jaxsparse_cpu_{name}", results)
+    return jax.ffi.ffi_call(f"jaxsparse_cpu_{name}", results, vmap_method="sequential")
 
 
 def _result(shape, dtype):

@@ -1,9 +1,14 @@
 """Products over a mesh of devices: what they send, counted in the compiled program, and what each device computes."""
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+COMPILER = os.environ.get("JAXSPARSE_GPU_COMPILER", "")  # see mosaic_compiled.py
 
 PREPARED = """
 import contextlib, re, warnings
@@ -127,3 +132,19 @@ def test_each_of_eight_devices_computes_an_eighth(kind):
 @pytest.mark.parametrize("kind", ["automatic", "explicit"])
 def test_what_can_not_be_shared_evenly_is_told_with_the_numbers(kind):
     assert "told" in run(kind, REFUSED)
+
+
+@pytest.mark.skipif(not COMPILER, reason="JAXSPARSE_GPU_COMPILER names no folder with XLA's compiler for GPUs")
+def test_programs_for_eight_gpus_send_the_same():
+    command = [sys.executable, Path(__file__).with_name("mesh_compiled.py"), COMPILER]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    once = {"forward": {}, "gradients": {"all-reduce": 1}}
+    none = {"forward": {}, "gradients": {}}
+    assert json.loads(done.stdout) == {
+        "entries, batch": once,
+        "blocks, batch": once,
+        "diagonal, batch": once,
+        "diagonal, blocks": none,
+    }

@@ -73,7 +73,11 @@ def _program(product: Product, params: tuple[tuple[str, Hashable], ...]):
 
 def _lower(product: Product, platform: str, ctx, *operands, **params):
     function = product.kernel(platform, **params)
-    local = function if product.multiple_results else lambda *a: [function(*a)]
+
+    def local(*a):
+        with _shards.on_one_device():
+            return function(*a) if product.multiple_results else [function(*a)]
+
     split, types = _shards.split(product, ctx, local)
     return mlir.lower_fun(split, multiple_results=True)(ctx.replace(avals_in=types), *operands)
 

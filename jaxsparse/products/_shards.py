@@ -7,15 +7,17 @@ nothing to split, but a result varies over every mesh axis that an operand varie
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+from jax._src.config import _check_vma
 from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax._src.sharding_impls import parse_flatten_op_sharding
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
     from jaxsparse.products._rules import Product
@@ -101,6 +103,13 @@ def split(product: Product, ctx: Any, local: Callable[..., list[Any]]) -> tuple[
     if (getattr(ctx.module_context.axis_context, "num_devices", 1) or 1) > 1:
         return _by_partitioner(layout, local), types
     return local, types
+
+
+@contextlib.contextmanager
+def on_one_device() -> Iterator[None]:
+    """Kernels are traced as if there were no mesh: one that is set would be part of the types of what they make."""
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())), _check_vma(False):
+        yield
 
 
 # ---- the two ways ---------------------------------------------------------------------------------------
