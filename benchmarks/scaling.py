@@ -10,6 +10,7 @@ an all-reduce of V bytes sends 2 (n - 1) / n V, an all-gather or a reduce-scatte
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 from typing import NamedTuple
@@ -198,6 +199,16 @@ def counted() -> dict[str, tuple[list[Collective], list[Collective]]]:
     return found
 
 
+def _in_a_group(rest: str) -> int:
+    """How many devices share a collective, by what follows its operands: three ways of XLA to say it."""
+    if by_axes := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):  # mesh['d'=2,'m'=4] {'m'}
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", by_axes[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", by_axes[2]))
+    groups = re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])", rest)
+    assert groups, rest
+    return len(groups[1].split(",")) if groups[1] else int(groups[2])
+
+
 def in_program(hlo: str) -> list[Collective]:
     """The collectives of compiled HLO, over all devices of a group."""
     found = []
@@ -206,8 +217,7 @@ def in_program(hlo: str) -> list[Collective]:
         size = ITEMSIZE[dtype]
         for dim in filter(None, dims.split(",")):
             size *= int(dim)
-        groups = re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])", rest)
-        devices = len(groups[1].split(",")) if groups[1] else int(groups[2])
+        devices = _in_a_group(rest)
         found.append(Collective(kind, float(size * devices if kind == "reduce-scatter" else size), devices))
     return found
 

@@ -54,5 +54,6 @@ def test_collectives_are_read_off_compiled_text(scaling):
     hlo = """
       %a = f32[4,8]{1,0} all-reduce(%x), channel_id=1, replica_groups={{0,1},{2,3}}, to_apply=%add
       %b = bf16[16]{0} reduce-scatter(%y), channel_id=2, replica_groups=[1,8]<=[8], dimensions={0}
+      %c = f32[4]{0} all-gather(%z), channel_id=3, replica_groups=mesh['d'=2,'m'=4] {'m'}, dimensions={0}
     """
-    assert scaling.in_program(hlo) == [("all-reduce", 128.0, 2), ("reduce-scatter", 256.0, 8)]
+    assert scaling.in_program(hlo) == [("all-reduce", 128.0, 2), ("reduce-scatter", 256.0, 8), ("all-gather", 16.0, 4)]
