@@ -173,7 +173,7 @@ def _piece(at, most: int, number: int, axis: int, slice_: tuple[int, int], sizes
     padding[axis] = blocks + more // across
     at = [np.concatenate([a, b]) for a, b in zip(at, padding, strict=True)]
     at[axis][: at[axis].size - more.size] -= number * blocks
-    order = np.lexsort(at)  # by column, then by row
+    order = _indices.by_column(at[0], at[1], (sizes[0], sizes[1]))
     return _indices.all_arrays(at[0][order], at[1][order], (sizes[0], sizes[1]))
 
 

@@ -287,6 +287,7 @@ class Row:
       parameters, bytes: (before, after).
       relative_error: |W - W'| / |W|, in Frobenius norms, W' being the matrix that is left; None for fresh weights.
       milliseconds: (dense, sparse) of forward and backward pass, where they were measured.
+      density: the fraction of the weight that is kept; None of block-diagonal layers and where it stayed dense.
     """
 
     path: str
@@ -297,20 +298,22 @@ class Row:
     bytes: tuple[int, int]
     relative_error: float | None = None
     milliseconds: tuple[float, float] | None = None
+    density: float | None = None
 
     @property
     def advice(self) -> str | None:
         """What to do about a density that was found and seldom pays (docs/performance.md says what does)."""
-        found = re.match(r"(sparse|block_sparse), ([0-9.]+)", self.after)
-        if found is None or float(found[2]) <= _SELDOM_PAYS[found[1]]:
+        if self.density is None or self.density <= _SELDOM_PAYS[self.kind]:
             return None
-        return f"keeps {found[2]} of its weight, at which it may be slower than dense: only_if_faster=True measures it."
+        may_lose = "at which it may be slower than dense: only_if_faster=True measures it."
+        return f"keeps {self.density:.4g} of its weight, {may_lose}"
 
     @classmethod
     def of(cls, path: str, rule: Rule | None, shape: tuple[int, int], **numbers) -> Row:
         """The row of an (in, out) layer; without a rule it stayed dense, as that was faster."""
         after = rule.describe() if rule else "dense, which is faster"
-        return cls(path, str(rule.kind) if rule else "dense", "{}x{}".format(*shape), after, **numbers)
+        kind, density = (str(rule.kind), rule.density) if rule else ("dense", None)
+        return cls(path, kind, "{}x{}".format(*shape), after, density=density, **numbers)
 
 
 @dataclasses.dataclass(frozen=True)

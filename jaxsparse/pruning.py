@@ -71,7 +71,7 @@ def score(
 
 
 def top_mask(
-    scores: Float[Array, "*any"], density=None, *, n_of_m: tuple[int, int] | None = None
+    scores: Float[Array, "*any"], density: Any = None, *, n_of_m: tuple[int, int] | None = None
 ) -> Bool[Array, "*any"]:
     """Marks the round(density * size) highest scores, or n of every m inputs; of equal ones the earlier, row by row.
 
@@ -92,7 +92,7 @@ def top_mask(
         return _highest_of_groups(jnp.asarray(scores), *n_of_m)
     size = jnp.size(scores)
     traced = isinstance(density, jax.Array)
-    count = jnp.round(density * size) if traced else count_kept(density, size)  # pyright: ignore[reportArgumentType]
+    count = jnp.round(density * size) if traced else count_kept(density, size)
     key = _select.keys(jnp.asarray(scores)).reshape(-1)
     return _select.highest(key, jnp.asarray(count, jnp.int32)).reshape(jnp.shape(scores))
 

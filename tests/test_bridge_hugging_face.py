@@ -143,6 +143,13 @@ def test_a_patched_part_is_saved_once_the_whole_is_marked(tmp_path):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(x).logits, model(x).logits)
 
 
+def test_a_model_with_another_quantizer_keeps_it():
+    model, _, _ = dense("llama")
+    model.hf_quantizer = other = object()
+    sparsify(model, RULES)
+    assert model.hf_quantizer is other
+
+
 def test_a_fresh_process_loads_it_after_one_import(tmp_path):
     model, x = patched(tmp_path)
     torch.save(model(x).logits, tmp_path / "logits")

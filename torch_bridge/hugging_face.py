@@ -97,10 +97,10 @@ def mark(model: nn.Module) -> None:
     """Makes `save_pretrained` of a model, and of the models of transformers in it, write what `from_pretrained` needs.
 
     `torch_bridge.sparsify` does so with the model that it is given. Call it for the model that you save where you
-    patched a part of it, or put sparse layers in by hand.
+    patched a part of it, or put sparse layers in by hand. A model that has another quantizer keeps that.
     """
     for m in model.modules():
-        if isinstance(m, PreTrainedModel):
+        if isinstance(m, PreTrainedModel) and isinstance(vars(m).get("hf_quantizer"), SparseQuantizer | None):
             vars(m)["hf_quantizer"] = SparseQuantizer(SparseConfig(), pre_quantized=True)
 
 
