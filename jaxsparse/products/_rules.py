@@ -121,6 +121,18 @@ def jvp_of(function: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
+def linear_in_each(product: Product) -> Callable[..., Any]:
+    """The tangent of a product of two, linear in each: its value with the change of one in its place, added up."""
+
+    def rule(primals, tangents, **params):
+        (a, b, *rest), (ta, tb) = primals, tangents[:2]
+        value = product(*primals, **params)
+        terms = [product(*pair, *rest, **params) for pair, t in (((ta, b), ta), ((a, tb), tb)) if not is_zero(t)]
+        return value, added(terms, value)
+
+    return rule
+
+
 def returned(count: int, cotangents: Mapping[int, Any] | None = None) -> list[Any]:
     """What a transposition returns: cotangents by the number of the operand, None for all others."""
     return [(cotangents or {}).get(k) for k in range(count)]

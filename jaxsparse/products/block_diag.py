@@ -14,7 +14,7 @@ from jax.interpreters import ad, batching
 
 from jaxsparse import _backends
 from jaxsparse.products._epilogue import finished, refuse_epilogue
-from jaxsparse.products._rules import Product, added, is_unknown, is_zero, multiply_adds, returned, rows
+from jaxsparse.products._rules import Product, is_unknown, is_zero, linear_in_each, multiply_adds, returned, rows
 from jaxsparse.products._shards import Shards
 
 
@@ -100,13 +100,6 @@ def _outer_kernel(platform, *, num_blocks, block, backend, precision):
     return run
 
 
-def _outer_jvp(primals, tangents, **how):
-    (x, dy), (tx, tdy) = primals, tangents
-    blocks = _outer(x, dy, **how)
-    terms = [_outer(*pair, **how) for pair, t in (((tx, dy), tx), ((x, tdy), tdy)) if not is_zero(t)]
-    return blocks, added(terms, blocks)
-
-
 # Linear in each: with the cotangent G as a block-diagonal matrix, x gets dy G^T and dy gets x G.
 def _outer_transpose(g, x, dy, *, num_blocks, block, **how):
     if is_zero(g):
@@ -130,7 +123,7 @@ _outer = Product(
     shards=Shards(("Bn", "Bn"), ("n..",)),
     flops=lambda operands, results: multiply_adds(operands[0], results[0]),
 )
-ad.primitive_jvps[_outer] = _outer_jvp
+ad.primitive_jvps[_outer] = linear_in_each(_outer)
 ad.primitive_transposes[_outer] = _outer_transpose
 batching.primitive_batchers[_outer] = _outer_batched
 

@@ -22,12 +22,12 @@ from jaxsparse._indices import Index
 from jaxsparse.products._epilogue import finished, refuse_epilogue
 from jaxsparse.products._rules import (
     Product,
-    added,
     batch_as,
     batch_rows,
     is_unknown,
     is_zero,
     jvp_of,
+    linear_in_each,
     loop,
     multiply_adds,
     returned,
@@ -118,13 +118,6 @@ def _sddmm_kernel(platform, *, block, backend, **options):
     return run
 
 
-def _sddmm_jvp(primals, tangents, **how):
-    (x, dy, *index), (tx, tdy) = primals, tangents[:2]
-    values = _sddmm(*primals, **how)
-    terms = [_sddmm(*pair, *index, **how) for pair, t in (((tx, dy), tx), ((x, tdy), tdy)) if not is_zero(t)]
-    return values, added(terms, values)
-
-
 # Linear in each: with the cotangent G as a sparse matrix, x gets dy G^T and dy gets x G.
 def _sddmm_transpose(g, x, dy, *index, **how):
     if is_zero(g):
@@ -141,7 +134,7 @@ _sddmm = Product(
     shards=Shards(("B.", "B."), ("",)),
     flops=lambda operands, results: multiply_adds(operands[0], results[0]),
 )
-ad.primitive_jvps[_sddmm] = _sddmm_jvp
+ad.primitive_jvps[_sddmm] = linear_in_each(_sddmm)
 ad.primitive_transposes[_sddmm] = _sddmm_transpose
 batching.primitive_batchers[_sddmm] = lambda a, dims, **how: loop(functools.partial(_sddmm, **how), a, dims)
 
