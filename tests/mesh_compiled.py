@@ -3,6 +3,7 @@
 python mesh_compiled.py FOLDER: the FOLDER of mosaic_compiled.py.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -12,55 +13,76 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 import mosaic_compiled
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxsparse import BlockPattern, block_diag_matmul, spmm
 
 COLLECTIVES = "all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"
+CALLS = {"xla": None, "triton": "__gpu$xla.gpu.triton", "mosaic": "mosaic_gpu"}  # what a kernel is called in a program
 M, N = 512, 256
 
 
-def sent(gpus, function, *operands) -> dict[str, int]:
+def sent(gpus, backend: str, function, *operands) -> dict[str, int]:
     """Of operands (array or shape, spec), the collectives of a program: each name and how often."""
     place = lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(gpus, spec))  # noqa: E731
     arrays = [jax.tree.map(lambda leaf, spec=spec: place(leaf, spec), tree) for tree, spec in operands]
-    program, _ = mosaic_compiled.compiled(function, *arrays)
+    with jax.set_mesh(gpus) if AxisType.Explicit in gpus.axis_types else contextlib.nullcontext():
+        program, _ = mosaic_compiled.compiled(function, *arrays)
+    called = CALLS[backend]
+    assert called is None or called in program, f"no kernel of {backend} in:\n{program}"
     return {name: n for name in COLLECTIVES if (n := len(re.findall(rf" {name}(?:-start)?\(", program)))}
 
 
-def float32(*shape):
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
+def both(gpus, backend: str, multiply, operands, constants=()) -> dict[str, dict[str, int]]:
+    """The collectives of a product of `operands` (and constants), and of its gradients."""
+    count = len(operands)
+
+    def gradients(*a):
+        loss = lambda *wrt: jnp.sin(multiply(*wrt, *a[count:])).astype(jnp.float32).sum()  # noqa: E731
+        return jax.grad(loss, tuple(range(count)))(*a[:count])
+
+    return {
+        name: sent(gpus, backend, f, *operands, *constants)
+        for name, f in (("forward", multiply), ("gradients", gradients))
+    }
 
 
-def of_sparse(gpus, block: int) -> dict:
+def of_sparse(gpus, backend: str, block: int) -> dict[str, dict[str, int]]:
     pattern = BlockPattern.random(jax.random.key(0), (N, N), density=0.25, block=block)
-
-    def multiply(x, w, b, pattern):
-        return spmm(x, w, pattern, b, backend="xla")
-
-    def gradients(x, w, b, pattern):
-        return jax.grad(lambda *a: jnp.sin(multiply(*a, pattern)).sum(), (0, 1, 2))(x, w, b)
-
-    operands = (float32(M, N), P("batch")), (float32(*pattern.values_shape), P()), (float32(N), P()), (pattern, P())
-    return {"forward": sent(gpus, multiply, *operands), "gradients": sent(gpus, gradients, *operands)}
+    multiply = lambda x, w, b, pattern: spmm(x, w, pattern, b, backend=backend)  # noqa: E731
+    operands = (
+        (array(backend, M, N), P("batch")),
+        (array(backend, *pattern.values_shape), P()),
+        (array(backend, N), P()),
+    )
+    return both(gpus, backend, multiply, operands, [(pattern, P())])
 
 
-def of_diagonal(gpus, *specs) -> dict:
-    def gradients(x, w, b):
-        return jax.grad(lambda *a: jnp.sin(block_diag_matmul(*a, backend="xla")).sum(), (0, 1, 2))(x, w, b)
-
-    operands = list(zip((float32(M, N), float32(8, 32, 32), float32(N)), specs, strict=True))
-    multiply = lambda x, w, b: block_diag_matmul(x, w, b, backend="xla")  # noqa: E731
-    return {"forward": sent(gpus, multiply, *operands), "gradients": sent(gpus, gradients, *operands)}
+def of_diagonal(gpus, backend: str, *specs) -> dict[str, dict[str, int]]:
+    shapes = (M, 8 * BLOCK), (8, BLOCK, BLOCK), (8 * BLOCK,)
+    operands = [(array(backend, *shape), spec) for shape, spec in zip(shapes, specs, strict=True)]
+    return both(gpus, backend, lambda x, w, b: block_diag_matmul(x, w, b, backend=backend), operands)
 
 
-# By XLA alone: where its partitioner asks for a kernel, Pallas looks for a GPU to compile it for, and here is none.
-gpus = mosaic_compiled.mesh(8)
-found = {
-    "entries, batch": of_sparse(gpus, 1),
-    "blocks, batch": of_sparse(gpus, 32),
-    "diagonal, batch": of_diagonal(gpus, P("batch"), P(), P()),
-    "diagonal, blocks": of_diagonal(gpus, P(None, "batch"), P("batch"), P("batch")),
-}
-print(json.dumps(found))
+def array(backend: str, *shape):
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16 if backend == "mosaic" else jnp.float32)
+
+
+def found(gpus) -> dict[str, dict[str, dict[str, int]]]:
+    by_backend = {f"{name}: entries, batch": of_sparse(gpus, name, 1) for name in ("xla", "triton")}
+    for name in CALLS:
+        by_backend |= {
+            f"{name}: blocks, batch": of_sparse(gpus, name, BLOCK),
+            f"{name}: diagonal, batch": of_diagonal(gpus, name, P("batch"), P(), P()),
+            f"{name}: diagonal, blocks": of_diagonal(gpus, name, P(None, "batch"), P("batch"), P("batch")),
+        }
+    return by_backend
+
+
+BLOCK = 64
+automatic = mosaic_compiled.mesh(8)
+explicit = Mesh(automatic.devices, automatic.axis_names, axis_types=(AxisType.Explicit,))
+entries = {f"{name}: entries": of_sparse(explicit, name, 1) for name in ("xla", "triton")}
+blocks = {f"{name}: blocks": of_sparse(explicit, name, BLOCK) for name in CALLS}
+print(json.dumps({"automatic": found(automatic), "explicit": {**entries, **blocks}}))

@@ -106,7 +106,7 @@ def said(function, operands, specs):
 uneven = said(block_diag_matmul, (x, few), (P(None, "data"), P()))
 assert "12 diagonal blocks" in uneven and "12 = 1 x 8 + 4" in uneven and "pad to 16" in uneven, uneven
 features = said(lambda x, w: spmm(x, w, tiles), (x, draw(4, *tiles.values_shape)), (P(None, "data"), P()))
-assert not explicit or "each row is multiplied whole" in features, features
+assert "each row is multiplied whole" in features and "BlockPattern.split" in features, features
 print("told")
 """
 
@@ -140,11 +140,11 @@ def test_programs_for_eight_gpus_send_the_same():
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    once = {"forward": {}, "gradients": {"all-reduce": 1}}
-    none = {"forward": {}, "gradients": {}}
-    assert json.loads(done.stdout) == {
-        "entries, batch": once,
-        "blocks, batch": once,
-        "diagonal, batch": once,
-        "diagonal, blocks": none,
-    }
+    counted = json.loads(done.stdout)
+    cells = {f"{mesh}, {cell}": sent for mesh, found in counted.items() for cell, sent in found.items()}
+    assert len(cells) == 16
+    for cell, sent in cells.items():
+        # XLA makes one of the two all-reduces, of weight and bias, unless they are of two dtypes.
+        times = 2 if "mosaic" in cell else 1
+        sums = {} if "diagonal, blocks" in cell else {"all-reduce": times}
+        assert sent == {"forward": {}, "gradients": sums}, cell

@@ -75,7 +75,7 @@ def _lower(product: Product, platform: str, ctx, *operands, **params):
     function = product.kernel(platform, **params)
 
     def local(*a):
-        with _shards.on_one_device():
+        with _shards.on_one_device(ctx):
             return function(*a) if product.multiple_results else [function(*a)]
 
     split, types = _shards.split(product, ctx, local)

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import numpy as np
 from jax._src.config import _check_vma
 from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax._src.sharding_impls import parse_flatten_op_sharding
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
     from jaxsparse.products._rules import Product
@@ -106,10 +107,22 @@ def split(product: Product, ctx: Any, local: Callable[..., list[Any]]) -> tuple[
 
 
 @contextlib.contextmanager
-def on_one_device() -> Iterator[None]:
-    """Kernels are traced as if there were no mesh: one that is set would be part of the types of what they make."""
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())), _check_vma(False):
+def on_one_device(ctx: Any) -> Iterator[None]:
+    """Kernels are traced as if there were no mesh: one that is set would be part of the types of what they make.
+
+    What kind of device it is stays known, as Pallas compiles for that kind and not for one of this process.
+    """
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=_device_of(ctx))), _check_vma(False):
         yield
+
+
+def _device_of(ctx: Any) -> Any:
+    """The kind of device that a program is lowered for, or None where nothing says it."""
+    context = ctx.module_context.axis_context
+    if devices := getattr(context, "device_assignment", None):
+        return Mesh(np.array(devices[:1]), ("one",)).abstract_mesh.abstract_device
+    mesh = getattr(context, "mesh", None) or jax.sharding.get_abstract_mesh()
+    return getattr(mesh, "abstract_mesh", mesh).abstract_device
 
 
 # ---- the two ways ---------------------------------------------------------------------------------------
@@ -133,6 +146,8 @@ def _by_partitioner(layout: _Layout, local):
         axes = layout.dividing(mesh, layout.axes(*([spec or () for spec in side] for side in specs)))
         if None in specs[0]:
             warnings.warn(layout.unreadable(mesh), stacklevel=2)
+        elif said := layout.torn(specs[0]):
+            warnings.warn(f"{said} Until then every call gathers it.", stacklevel=2)
         into, out = (
             [NamedSharding(mesh, layout.spec(factors, axes)) for factors in side]
             for side in (layout.operands, layout.results)
@@ -184,7 +199,7 @@ class _Layout:
         """Of the results, those that are sums over the batch are added up over the devices that share it."""
         over = tuple(name for factor, some in axes.items() if isinstance(factor, tuple) for name in _names(some))
         return [
-            jax.lax.psum(y, over) if over and not any(isinstance(f, tuple) for f in factors) else y
+            jax.lax.psum(y, over) if over and not _has_rows(factors) else y
             for y, factors in zip(results, self.results, strict=True)
         ]
 
@@ -219,24 +234,34 @@ class _Layout:
             "number of blocks that the devices divide, or shard another dimension."
         )
 
+    def torn(self, specs: Sequence[Sequence[Axes] | None]) -> str | None:
+        """What is wrong where an operand's features are split that every row needs, if so."""
+        for factors, spec in zip(self.operands, specs, strict=True):
+            if _has_rows(factors) and any(axes for f, axes in zip(factors, spec or (), strict=False) if f is None):
+                return (
+                    f"an operand of {self.product.name} is sharded as {PartitionSpec(*(spec or ()))}, but each row is "
+                    "multiplied whole: its features must be on one device. Shard the batch, cut the matrix too "
+                    "(BlockPattern.split), or gather it: jax.sharding.reshard(x, jax.P('batch axis', None))."
+                )
+        return None
+
     def check(self, mesh, axes: dict[Factor, Axes], specs: Sequence[Sequence[Axes]]) -> None:
         for said in filter(None, (self.uneven(mesh, factor, some) for factor, some in axes.items())):
             raise ValueError(said)
-        for factors, spec in zip(self.operands, specs, strict=True):
-            if any(isinstance(f, tuple) for f in factors) and any(
-                some for factor, some in zip(factors, spec, strict=False) if factor is None
-            ):
-                raise ValueError(
-                    f"an operand of {self.product.name} is sharded as {spec}, but each row is multiplied whole: its "
-                    "features must be on one device. Shard the batch, or gather it: "
-                    "jax.sharding.reshard(x, jax.P('batch axis', None))."
-                )
+        if said := self.torn(specs):
+            raise ValueError(said)
 
     def rule(self) -> tuple[str, tuple[str, ...], dict[str, int]]:
-        """The same for XLA's partitioner, in its notation: a rule, the factors to keep whole, and sizes of factors."""
-        whole, sizes = [], {}
+        """The same for XLA's partitioner, in its notation: a rule, the factors to keep whole, and sizes of factors.
 
-        def word(factor, size) -> str:
+        The features of rows are not among those that it keeps whole: it would gather them without a word.
+        """
+        whole, sizes = [], {}
+        torn = (f"t{k}" for k in range(sum(map(len, self.operands))))
+
+        def word(factor, size, of_rows: bool) -> str:
+            if factor is None and of_rows:
+                return next(torn)
             if factor is None:
                 whole.append(f"w{len(whole)}")
                 return whole[-1]
@@ -248,11 +273,11 @@ class _Layout:
             sizes[whole[-1]] = size // self.size(factor)
             return f"({factor} {whole[-1]})"
 
-        words = [
-            " ".join(word(f, size) for f, size in zip(factors, shape, strict=True))
-            for factors, shape in zip((*self.operands, *self.results), self.shapes, strict=True)
-        ]
         count = len(self.operands)
+        words = [
+            " ".join(word(f, size, k < count and _has_rows(factors)) for f, size in zip(factors, shape, strict=True))
+            for k, (factors, shape) in enumerate(zip((*self.operands, *self.results), self.shapes, strict=True))
+        ]
         return f"{', '.join(words[:count])} -> {', '.join(words[count:])}", tuple(whole), sizes
 
 
@@ -261,6 +286,10 @@ def _factors(dims: str, ndim: int) -> list[Factor]:
         return [None] * ndim
     rest: list[Factor] = [None if letter == "." else letter for letter in dims.removeprefix("B")]
     return [*(("B", k) for k in range(ndim - len(rest))), *rest]
+
+
+def _has_rows(factors: Sequence[Factor]) -> bool:
+    return any(isinstance(factor, tuple) for factor in factors)
 
 
 def _names(axes: Axes) -> tuple[str, ...]:
