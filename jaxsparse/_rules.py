@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import numbers
 import re
 import statistics
@@ -141,24 +142,29 @@ def race(
 ) -> list[float]:
     """Milliseconds of each function, as it runs when nothing else disturbs it.
 
-    They take turns, every other time in reverse, so that all see the same machine. Other processes only ever add time,
-    and to whole turns: a turn counts as its fastest call, and of the turns the fastest quarter speaks. Not counted are
-    the first two calls, which compile or build indices, and the first of every turn of several, which wakes threads.
+    They take turns, every other time in reverse, so that all see the same machine. Other processes only ever add time:
+    the fastest twentieth of all calls speaks. Not counted are the first two calls, which compile or build indices, and
+    the first of every turn of several, which wakes threads.
 
     Args:
       seconds: after which no new turn begins, unless the least number of turns needs more; a clear race ends earlier.
       clock: seconds now.
     """
     start = clock()
-    repeats = [_repeats(_timed(function, clock, calls=2)) for function in functions]
-    turns: list[list[float]] = []
+    repeats = [_repeats(min(_timed(function, clock, calls=2))) for function in functions]
+    turns: list[list[list[float]]] = []
     while len(turns) < _TURNS[1]:
         order = list(enumerate(zip(functions, repeats, strict=True)))
         turn = {k: _timed(f, clock, calls) for k, (f, calls) in (order[::-1] if len(turns) % 2 else order)}
         turns.append([turn[k] for k in range(len(functions))])
         if len(turns) >= _TURNS[0] and (clock() - start > seconds or _is_clear(turns)):
             break
-    return [1e3 * statistics.quantiles(times, n=4)[0] for times in zip(*turns, strict=True)]
+    return [1e3 * _fast(itertools.chain(*calls)) for calls in zip(*turns, strict=True)]
+
+
+def _fast(seconds: Iterable[float]) -> float:
+    """That of a call which a twentieth of all are faster than."""
+    return statistics.quantiles(seconds, n=20, method="inclusive")[0]
 
 
 def _repeats(seconds: float) -> int:
@@ -166,20 +172,21 @@ def _repeats(seconds: float) -> int:
     return 1 if seconds > _TURN else 1 + min(20, round(_TURN / max(seconds, 1e-6)))
 
 
-def _timed(function: Callable[[], Any], clock: Callable[[], float], calls: int) -> float:
-    """The least seconds of a call; of several, the first is left out."""
+def _timed(function: Callable[[], Any], clock: Callable[[], float], calls: int) -> list[float]:
+    """Seconds of each call; of several, the first is left out."""
     times = []
     for _ in range(calls):
         start = clock()
         function()
         times.append(clock() - start)
-    return min(times[1:] or times)
+    return times[1:] or times
 
 
-def _is_clear(turns: Sequence[Sequence[float]]) -> bool:
+def _is_clear(turns: Sequence[Sequence[Sequence[float]]]) -> bool:
     """Whether the same function was by far the fastest in every turn."""
-    winners = {times.index(min(times)) for times in turns}
-    return len(winners) == 1 and all(_CLEAR * a < b for a, b, *_ in map(sorted, turns))
+    least = [[min(calls) for calls in turn] for turn in turns]
+    winners = {times.index(min(times)) for times in least}
+    return len(winners) == 1 and all(_CLEAR * a < b for a, b, *_ in map(sorted, least))
 
 
 def check_drawn(rules: Sequence[Rule]) -> None:
