@@ -55,10 +55,10 @@ constexpr int64_t kRun = 64;
 
 // sum[r][..] += over steps e < count and d < depth:  a[r, d] * b[d, vector]
 // with rows of b `b_stride` apart; a is read a number at a time, at r * a_stride + d (kByRow)
-// or at r + d * a_stride.
+// or at r + d * a_stride. `fetches` the same numbers of the R rows that follow (kByRow), for the next tile.
 template <int R, int NV, int L, bool kByRow, class SA, class SB, class F>
 ALWAYS_INLINE void multiply(Vector<Sum<SA>, L> (&sum)[R][NV], const SA* a0, int64_t a_stride,
-                            const SB* b0, int64_t b_stride, int64_t count, F where) {
+                            const SB* b0, int64_t b_stride, int64_t count, F where, bool fetches = false) {
   using V = Vector<Sum<SA>, L>;
   alignas(64) Sum<SA> total[R * NV * L];
   bool long_sum = false;
@@ -86,6 +86,10 @@ ALWAYS_INLINE void multiply(Vector<Sum<SA>, L> (&sum)[R][NV], const SA* a0, int6
         left = kRun;
       }
       const int64_t run = least(left, step.depth - d);
+      if (kByRow && fetches)
+        for (int64_t i = 0; i < run; i += 64 / sizeof(SA))
+#pragma GCC unroll 16
+          for (int r = 0; r < R; ++r) __builtin_prefetch(a + (R + r) * a_stride + i);
       left -= run;
       d += run;
       for (int64_t i = 0; i < run; ++i, b += b_stride, a += kByRow ? 1 : a_stride) {
