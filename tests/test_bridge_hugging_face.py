@@ -146,8 +146,22 @@ def test_a_patched_part_is_saved_once_the_whole_is_marked(tmp_path):
 def test_a_model_with_another_quantizer_keeps_it():
     model, _, _ = dense("llama")
     model.hf_quantizer = other = object()
-    sparsify(model, RULES)
+    with pytest.warns(UserWarning, match="LlamaForCausalLM has a object, and .* save_pretrained will not say which"):
+        sparsify(model, RULES)
     assert model.hf_quantizer is other
+
+
+def test_a_layer_keeps_its_activation(tmp_path):
+    model, x, _ = dense("llama")
+    for layer in model.model.layers:
+        layer.mlp.down_proj = SparseLinear.from_linear(layer.mlp.down_proj, 0.3, activation="silu")
+    hugging_face.mark(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.model.layers[1].mlp.down_proj.activation == "silu"
+    assert torch.equal(again(x).logits, model(x).logits)
+    hugging_face.densify(again)
+    torch.testing.assert_close(again(x).logits, model(x).logits)
 
 
 def test_a_fresh_process_loads_it_after_one_import(tmp_path):

@@ -45,8 +45,11 @@ TABLE = {
     "jaxsparse/linen.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},
     "jaxsparse/nnx.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},
     "jaxsparse/_rules.py": {"jaxsparse._sizes"},
+    "jaxsparse/_densify.py": NUMERIC
+    | {"flax", "jaxsparse.formats", "jaxsparse.linen", "jaxsparse.nnx", "jaxsparse._xla"},
     "jaxsparse/surgery.py": NUMERIC
-    | {"flax", "jaxsparse.formats", "jaxsparse._arguments", "jaxsparse.linen", "jaxsparse.nnx", "jaxsparse._rules"},
+    | {"flax", "jaxsparse.formats", "jaxsparse._arguments", "jaxsparse._densify", "jaxsparse._rules"}
+    | {"jaxsparse.linen", "jaxsparse.nnx"},
     "jaxsparse/_select.py": NUMERIC,
     "jaxsparse/_places.py": NUMERIC | FORMATS | {"jaxsparse._select"},
     "jaxsparse/_replicas.py": {"jax"},
@@ -84,7 +87,9 @@ BRIDGE = {
     "_process.py": {"_errors"},
     "_draw.py": set(),
     "_matrix.py": set(),
-    "products.py": {"_matrix", "_watch"},
+    "_portable.py": {"_matrix"},
+    "exporting.py": {"_matrix", "_portable", "torch_ops"},
+    "products.py": {"_matrix", "_portable", "_watch"},
     "torch_ops.py": {"_matrix", "products"},
     "_product.py": {"_handles", "_in_jax", "_views", "_whole", "compile", "function"},
     "_whole.py": set(),

@@ -95,6 +95,35 @@ def sparsify(
     return PatchReport(rows, size, passed_over(parsed, left), undo)
 
 
+def densify(model: nn.Module) -> nn.Module:
+    """Puts `torch.nn.Linear` layers in the place of all sparse ones, in place, zeros stored as zeros.
+
+    What results needs nothing of this library any more, in checkpoints and in exported programs. A layer with an
+    activation becomes a `torch.nn.Sequential` of the Linear and that.
+
+    Returns:
+      The model, or what takes its place if it is a sparse layer itself.
+    """
+    sparse = [m for m in model.modules() if isinstance(m, (BlockDiagLinear, BlockSparseLinear))]
+    new: dict[nn.Module, nn.Module] = {m: _dense(m) for m in sparse}
+    _replace(model, new)
+    return new.get(model, model)
+
+
+def _dense(layer: Any) -> nn.Module:
+    linear = layer.to_linear()
+    if layer.activation is None:
+        return linear
+    return nn.Sequential(linear, _ACTIVATIONS[layer.activation]()).train(layer.training)
+
+
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": lambda: nn.GELU(approximate="tanh"),
+    "silu": nn.SiLU,
+}
+
+
 class PatchReport(Report):
     """What `sparsify` did. It holds the old layers, so that it can revert; drop it to free them."""
 
