@@ -26,7 +26,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     | Matrix Market, every field but complex and every symmetry | the same; of an array what is not zero |
     | `.smtx` of the Deep Learning Matrix Collection | the same, with None for values: the format has none |
     | safetensors, or a folder of such files | every array by its name; sparse weights as `gather` makes them |
-    | what `torch.save` wrote (`.pt`, `.bin`), or a folder of `pytorch_model*.bin` | the same; names are joined by dots |
+    | `torch.save` (`.pt`, `.bin`), or a folder of `pytorch_model*.bin` | the same; names are joined by dots |
 
     torch reads its files itself, with weights_only=True, so that no code in them runs. A sparse tensor of torch is
     (out, in), as weights are there, and becomes a matrix (in, out); what is no tensor stays as it is.
