@@ -5,6 +5,8 @@ What torch calls the rows of a CSR or BSR weight are our output columns: both st
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUTLASS, to_sparse_semi_structured
@@ -94,5 +96,5 @@ def _unpacked(w: SparseSemiStructuredTensor) -> tuple[BlockPattern, Tensor]:
 
 
 def _semi_structured(shape: torch.Size, packed: Tensor, meta: Tensor) -> SparseSemiStructuredTensor:
-    rest = {"packed_t": None, "meta_t": None, "compressed_swizzled_bitmask": None}
-    return SparseSemiStructuredTensorCUTLASS(shape, packed=packed, meta=meta, **rest)
+    make: Any = SparseSemiStructuredTensorCUTLASS  # whose __new__ has the arguments, of which a checker sees others
+    return make(shape, packed=packed, meta=meta, packed_t=None, meta_t=None, compressed_swizzled_bitmask=None)

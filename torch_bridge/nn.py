@@ -179,7 +179,8 @@ class BlockSparseLinear(nn.Module):
         known = None if lost else _index.Record.of([t.numpy() for t in stored.index[:2]], stored.grid)
         self._guard = _index.Guard(self._product.sizes, stored.grid, known)
         self._matrix: Sparse | None = None
-        self.reset_parameters()
+        if not isinstance(pattern, Stored):  # by `from_linear`, which fills it
+            self.reset_parameters()
 
     @property
     def pattern(self) -> BlockPattern:

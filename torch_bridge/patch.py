@@ -83,7 +83,11 @@ def sparsify(
         times = _race(races, rule, old, layer) if races else None
         if times and times[1] >= times[0]:
             rule, layer = None, old
-        error = None if fresh and layer is not old else _relative_error(old, layer)
+        error = (
+            None
+            if fresh and layer is not old
+            else _relative_error(old, layer, keeps_all=bool(rule and rule.keep) and not rescale)
+        )
         rows.append(_row(path, rule, old, layer, relative_error=error, milliseconds=times))
         if rule:
             new[old] = layer
@@ -266,8 +270,8 @@ def _row(path: str, rule: Rule | None, old: nn.Module, new: nn.Module, **numbers
     return Row.of(path, rule, _linear.read(old).shape, **sizes, **numbers)
 
 
-def _relative_error(old: nn.Module, new: Any) -> float:
-    if new is old:
+def _relative_error(old: nn.Module, new: Any, keeps_all: bool) -> float:
+    if new is old or keeps_all:  # what a mask of all that is not zero drops is zero
         return 0.0
     before, after = _linear.read(old).weight.value, new.to_linear().weight.detach().T
     lost, all_of_it = (float(torch.linalg.vector_norm(w, dtype=torch.float64)) for w in (after - before, before))
