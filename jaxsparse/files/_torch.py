@@ -67,7 +67,8 @@ def _leaves(path: str, node: Any):
 def _converted(name: str, t: Any, size: int) -> Any:
     try:
         if layouts.layout_of(t) != "strided":
-            check_sizes(*t.shape, size) if t.ndim == 2 else None
+            if t.ndim == 2:
+                check_sizes(int(t.shape[0]), int(t.shape[1]), size)
             pattern, values, order = layouts.place(t)
             values = _array(values, size)[order]
             return SparseMatrix(pattern, values if values.ndim == 1 else _blocks(values, pattern))
