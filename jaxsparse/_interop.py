@@ -50,7 +50,7 @@ def _from_rows(row_ptr: np.ndarray, col: np.ndarray, grid: tuple[int, int]) -> t
 
     positions = np.arange(len(col), dtype=np.int32)
     by_column = scipy.sparse.csr_array((positions, col, row_ptr), shape=grid).tocsc()
-    order, inverse = by_column.data, np.empty_like(positions)
+    order, inverse = np.asarray(by_column.data, np.int32), np.empty_like(positions)
     inverse[order] = positions
     arrays = (by_column.indptr, by_column.indices, row_ptr, col, inverse)
     return Index(*(jnp.asarray(a.astype(np.int32)) for a in arrays)), order
