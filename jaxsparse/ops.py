@@ -43,9 +43,11 @@ def block_diag_matmul(
     Returns:
       y in the dtype of `x`. Sums run in float32 or wider, so half inputs round once.
     Raises:
+      TypeError: for operands that are no arrays, such as lists.
       ValueError: for shapes or dtypes that do not fit, an unknown activation or back end.
     Source: the block-diagonal factors of Monarch, Dao et al. 2022, arXiv:2204.00595.
     """
+    _check_arrays("block_diag_matmul", x=x, blocks=blocks, bias=bias)
     if jnp.ndim(blocks) != 3:
         raise ValueError(f"blocks must be [num_blocks, i, o], got shape {jnp.shape(blocks)}.")
     n, i, o = blocks.shape
@@ -81,9 +83,11 @@ def spmm(
     Returns:
       y in the dtype of `x`. Sums run in float32 or wider, so half inputs round once.
     Raises:
+      TypeError: for operands that are no arrays, such as lists.
       ValueError: for shapes or dtypes that do not fit, an unknown activation or back end.
     Source: block-sparse products as in Gray, Radford, Kingma 2017, "GPU Kernels for Block-Sparse Weights".
     """
+    _check_arrays("spmm", x=x, blocks=blocks, bias=bias)
     _check_pattern(pattern)
     _check_features(x, pattern.shape[0], f"the pattern's matrix is {pattern.shape} (in, out)")
     pattern.check_values(blocks)
@@ -114,8 +118,10 @@ def sddmm(
     Returns:
       values of shape `pattern.values_shape` in the dtype of `x`.
     Raises:
+      TypeError: for operands that are no arrays, such as lists.
       ValueError: for shapes or dtypes that do not fit, or an unknown back end.
     """
+    _check_arrays("sddmm", x=x, dy=dy)
     _check_pattern(pattern)
     _check_features(x, pattern.shape[0], f"the pattern's matrix is {pattern.shape} (in, out)")
     _check_features(dy, pattern.shape[1], f"the pattern's matrix is {pattern.shape} (in, out)", "dy")
@@ -134,6 +140,16 @@ def _stored(pattern: BlockPattern) -> dict[str, Any]:
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
+
+
+def _check_arrays(op: str, **operands) -> None:
+    """Raises TypeError for operands that are no arrays, as `jnp.dot` does: lists are not made arrays silently."""
+    for name, operand in operands.items():
+        if operand is not None and not hasattr(getattr(operand, "dtype", None), "name"):
+            kind = f"{type(operand).__module__}.{type(operand).__qualname__}".removeprefix("builtins.")
+            raise TypeError(
+                f"{op} requires arrays, got {kind} for {name}. Make it one, as by jax.numpy.asarray({name})."
+            )
 
 
 def _check_pattern(pattern) -> None:

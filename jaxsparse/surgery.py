@@ -18,6 +18,8 @@ from jaxtyping import Array, Float
 from jaxsparse import linen as sparse_linen
 from jaxsparse import nnx as sparse_nnx
 from jaxsparse._arguments import features_per_block
+from jaxsparse._densify import densify as densify
+from jaxsparse._densify import densify_variables as densify_variables
 from jaxsparse._rules import Races, Report, Row, Rule, Rules, check_drawn, decide, first_match, parse, passed_over
 from jaxsparse.formats import BlockPattern
 

@@ -175,3 +175,14 @@ def test_builds_that_disagree_are_not_timed():
 
     assert builds._apart(np.ones(3), np.ones(3)) == 0
     assert builds._apart(np.ones(3), np.full(3, 1.01)) > builds.SPREAD
+
+
+def test_the_benchmark_of_loading_compares_with_torch(tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    out = tmp_path / "loading.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "loading.py"), "--quick", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    cells = json.loads(out.read_text())["cells"]
+    assert set(cells) == {"one weight from a file", "a pruned RoBERTa"}
+    assert all(len(result["rounds"]) == 2 for cell in cells.values() for result in cell.values())

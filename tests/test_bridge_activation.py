@@ -179,3 +179,14 @@ def test_a_compiled_layer_follows_autocast_forward_and_backward(make):
     assert got[0].dtype == torch.bfloat16 and got[1].dtype == torch.float32
     for a, e in zip(got, want, strict=True):
         torch.testing.assert_close(a, e)
+
+
+@direct
+@each_activation
+@each_layer
+def test_a_trace_of_a_layer_that_trains_passes_its_own_check(make, activation):
+    layer, plain, reference, x = twins(make, activation)
+    traced = torch.jit.trace(layer, (x,))  # which records again without gradients, and compares
+    torch.testing.assert_close(traced(x), reference(x))
+    got, want = (torch.autograd.grad(f(x).square().sum(), m.weight) for f, m in ((traced, layer), (reference, plain)))
+    torch.testing.assert_close(got, want)

@@ -1,4 +1,4 @@
-"""Layers from torch's CSR and BSR tensors, and back."""
+"""Layers from torch's sparse tensors, and back."""
 
 import pytest
 
@@ -10,7 +10,10 @@ import numpy as np  # noqa: E402
 from jaxsparse import BlockPattern  # noqa: E402
 from torch_bridge import BlockSparseLinear, SparseLinear  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse (CSR|BSR) tensor support is in beta state:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Sparse (CSR|CSC|BSR|BSC) tensor support is in beta state:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor is in prototype:UserWarning"),
+]
 
 
 def weight(out=24, size_in=40, block=(8, 4)):
@@ -87,9 +90,104 @@ def test_row_pointers_that_are_none_are_refused(name, block):
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="strided tensor of 2 dimensions, and must be sparse_csr"):
+    with pytest.raises(
+        ValueError, match="strided tensor of 2 dimensions, and must be sparse_csr, sparse_bsr or another"
+    ):
         SparseLinear.from_sparse(weight())
     with pytest.raises(ValueError, match="not single entries: use BlockSparseLinear"):
         SparseLinear.from_sparse(weight().to_sparse_bsr((8, 4)))
     with pytest.raises(ValueError, match=r"blocks of 16 x 16 do not divide \(40, 24\)"):
         BlockSparseLinear(40, 24, 0.5, 16).to_sparse()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["coo", "csc", "bsc"])
+def test_every_other_layout_becomes_a_layer(layout, dtype):
+    w = weight().to(dtype)
+    sparse = getattr(w, f"to_sparse_{layout}")(*[(8, 4)] * (layout == "bsc"))
+    layer = (BlockSparseLinear if layout == "bsc" else SparseLinear).from_sparse(sparse)
+    assert layer.weight.numel() == w.count_nonzero() and torch.equal(layer.to_linear().weight, w)
+
+
+def test_entries_that_a_coo_tensor_has_twice_are_summed():
+    once = weight().to_sparse_coo()
+    parts = once.indices().repeat(1, 2), once.values().repeat(2)
+    twice = torch.sparse_coo_tensor(*parts, once.shape, check_invariants=True)
+    layer = SparseLinear.from_sparse(twice)
+    assert torch.equal(layer.to_linear().weight, 2 * weight())
+
+
+WRONG = {
+    "coo beyond": lambda: torch.sparse_coo_tensor(
+        torch.tensor([[24], [0]]), torch.ones(1), (24, 40), check_invariants=False, is_coalesced=True
+    ),
+    "csc beyond": lambda: torch.sparse_csc_tensor(
+        torch.tensor([0] + [1] * 40), torch.tensor([-1]), torch.ones(1), (24, 40), check_invariants=False
+    ),
+    "bsc beyond": lambda: torch.sparse_bsc_tensor(
+        torch.tensor([0] + [1] * 10), torch.tensor([3]), torch.ones(1, 8, 4), (24, 40), check_invariants=False
+    ),
+    "csr beyond": lambda: torch.sparse_csr_tensor(
+        torch.tensor([0] + [1] * 24), torch.tensor([2**40]), torch.ones(1), (24, 40), check_invariants=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_indices_out_of_range_are_refused(name):
+    with pytest.raises(ValueError, match="an index is outside 0 to"):
+        BlockSparseLinear.from_sparse(WRONG[name]())
+
+
+def test_hybrids_and_batches_are_refused():
+    with pytest.raises(ValueError, match="1 sparse dimension"):
+        SparseLinear.from_sparse(weight().to_sparse(1))
+    with pytest.raises(ValueError, match="3 dimensions"):
+        SparseLinear.from_sparse(torch.stack([weight()] * 2).to_sparse())
+
+
+# ---- two of four -------------------------------------------------------------------------------------------
+
+
+def two_of_four(dtype, shape=(64, 128)):
+    """A weight in which half of every group is stored, of float32 one of two."""
+    torch.manual_seed(0)
+    m = 2 if dtype == torch.float32 else 4
+    w = torch.randn(shape).reshape(shape[0], -1, m)
+    return w.masked_fill(w.abs().argsort(-1).argsort(-1) < m // 2, 0).reshape(shape).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_semi_structured_weight_comes_and_goes(dtype):
+    w = two_of_four(dtype)
+    layer = SparseLinear.from_linear(torch.nn.Linear(128, 64, dtype=dtype), mask=w != 0)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(np.asarray(layer.pattern.gather(w.T.float().numpy()))))
+    packed = layer.to_semi_structured()
+    assert isinstance(packed, torch.sparse.SparseSemiStructuredTensor)
+    torch.testing.assert_close(packed.to_dense(), w, atol=2e-4, rtol=0)  # torch loses low bits of float32 here
+    again = SparseLinear.from_sparse(packed)
+    assert again.weight.shape == (64 * 64,) and torch.equal(again.to_linear().weight, w)
+
+
+def test_a_zero_that_is_stored_stays_stored():
+    w = two_of_four(torch.float16)
+    packed = SparseLinear.from_sparse(w.to_sparse_csr()).to_semi_structured()
+    packed.packed[3] = 0
+    layer = SparseLinear.from_sparse(packed)
+    assert layer.weight.shape == (64 * 64,) and (layer.weight == 0).sum() == 64
+
+
+@pytest.mark.parametrize("spoil", [lambda meta: meta * 0, lambda meta: meta * 0 + 0x1111, lambda meta: meta ^ 1])
+def test_metadata_that_name_no_two_places_are_refused(spoil):
+    packed = SparseLinear.from_sparse(two_of_four(torch.float16).to_sparse_csr()).to_semi_structured()
+    packed.meta = spoil(packed.meta)
+    with pytest.raises(ValueError, match="do not name 2 ascending places of every 4"):
+        SparseLinear.from_sparse(packed)
+
+
+def test_a_weight_that_is_not_two_of_four_is_not_packed():
+    with pytest.raises(ValueError, match="at most 2 of 4 neighbouring inputs: .* groups have more"):
+        SparseLinear(64, 32, 0.9, dtype=torch.float16).to_semi_structured()
+    with pytest.raises(ValueError, match="no multiple"):
+        SparseLinear(30, 32, 0.1, dtype=torch.float16).to_semi_structured()

@@ -1,6 +1,7 @@
 """Sparse models of transformers saved and loaded by its own functions."""
 
 import copy
+import io
 import json
 import subprocess
 import sys
@@ -22,8 +23,9 @@ from transformers import (  # noqa: E402
     ViTForImageClassification,
 )
 
-from torch_bridge import BlockDiagLinear, BlockSparseLinear, SparseLinear, hugging_face, sparsify  # noqa: E402
+from torch_bridge import BlockDiagLinear, BlockSparseLinear, SparseLinear, exporting, hugging_face, sparsify  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")  # torch's own
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 IDS = torch.arange(14).reshape(2, 7)
 MODELS = {
@@ -78,7 +80,24 @@ def test_a_pruned_model_is_converted_saved_loaded_and_trained(name, tmp_path):
     again(x).logits.square().mean().backward()
     optimizer.step()
     again.eval().save_pretrained(tmp_path / "tuned")
-    assert torch.equal(type(model).from_pretrained(tmp_path / "tuned")(x).logits, again(x).logits)
+    tuned = type(model).from_pretrained(tmp_path / "tuned")
+    assert torch.equal(tuned(x).logits, again(x).logits)
+    tuned.config.use_cache = False  # of which torch.export knows no type
+    program = torch.export.export(tuned, (x,), strict=False).run_decompositions(exporting.decompositions())
+    assert "jaxsparse" not in str(program.graph)
+    torch.testing.assert_close(program.module()(x).logits, again(x).logits)
+
+
+def test_a_whole_model_becomes_an_onnx_file():
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    model, x, where = dense("roberta")
+    sparsify(model, [(where, {"kind": "sparse", "density": 0.2})])
+    file = io.BytesIO()
+    torch.onnx.export(model, (x,), dynamo=True, verbose=False).save(file)
+    session = runtime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    (y, *_) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), model(x).logits.detach(), atol=1e-5, rtol=1e-4)
 
 
 def test_every_kind_of_layer_comes_back_in_several_files_and_in_another_dtype(tmp_path):
@@ -146,8 +165,22 @@ def test_a_patched_part_is_saved_once_the_whole_is_marked(tmp_path):
 def test_a_model_with_another_quantizer_keeps_it():
     model, _, _ = dense("llama")
     model.hf_quantizer = other = object()
-    sparsify(model, RULES)
+    with pytest.warns(UserWarning, match="LlamaForCausalLM has a object, and .* save_pretrained will not say which"):
+        sparsify(model, RULES)
     assert model.hf_quantizer is other
+
+
+def test_a_layer_keeps_its_activation(tmp_path):
+    model, x, _ = dense("llama")
+    for layer in model.model.layers:
+        layer.mlp.down_proj = SparseLinear.from_linear(layer.mlp.down_proj, 0.3, activation="silu")
+    hugging_face.mark(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.model.layers[1].mlp.down_proj.activation == "silu"
+    assert torch.equal(again(x).logits, model(x).logits)
+    hugging_face.densify(again)
+    torch.testing.assert_close(again(x).logits, model(x).logits)
 
 
 def test_a_fresh_process_loads_it_after_one_import(tmp_path):

@@ -8,10 +8,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")  # torch's own
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 def test_the_code_of_coming_from_runs_in_order(tmp_path, monkeypatch, capsys):
     pytest.importorskip("torch", reason="torch is not installed")
-    for package in ("transformers", "peft"):
+    for package in ("transformers", "peft", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed")
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
@@ -19,6 +20,9 @@ def test_the_code_of_coming_from_runs_in_order(tmp_path, monkeypatch, capsys):
         exec(compile(code, "coming_from.md", "exec"), namespace)
     printed = capsys.readouterr().out
     assert "whole model" in printed and {row.kind for row in namespace["report"]} == {"sparse"}
+    program, x, y = (namespace[name] for name in ("program", "x", "y"))
+    namespace["torch"].testing.assert_close(program.module()(x), namespace["torch"].from_numpy(y))
+    assert type(namespace["dense"][0][0]) is namespace["torch"].nn.Linear
     dense, x = namespace["w"], namespace["torch"].ones(2, 64)
     namespace["torch"].testing.assert_close(namespace["layer"](x), x @ namespace["torch"].from_numpy(dense).T)
 

@@ -179,3 +179,25 @@ def test_bad_input_raises_with_the_numbers(name):
     call, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("wrong", [[1.0, 2.0, 3.0, 4.0], (1.0,), 1.0, "x"], ids=["list", "tuple", "number", "string"])
+def test_what_is_no_array_is_refused_by_name_as_jnp_dot_does(wrong):
+    pattern = BlockPattern.random(jax.random.key(0), (4, 4), density=0.5)
+    x, values, blocks = jnp.ones((3, 4)), jnp.ones(pattern.values_shape), jnp.ones((2, 2, 2))
+    calls = {
+        "spmm.* for x": lambda: spmm(wrong, values, pattern),
+        "spmm.* for blocks": lambda: spmm(x, wrong, pattern),
+        "spmm.* for bias": lambda: spmm(x, values, pattern, wrong),
+        "sddmm.* for x": lambda: sddmm(wrong, x, pattern),
+        "sddmm.* for dy": lambda: sddmm(x, wrong, pattern),
+        "block_diag_matmul.* for x": lambda: block_diag_matmul(wrong, blocks),
+        "block_diag_matmul.* for blocks": lambda: block_diag_matmul(x, wrong),
+        "block_diag_matmul.* for bias": lambda: block_diag_matmul(x, blocks, wrong),
+    }
+    for message, call in calls.items():
+        with pytest.raises(TypeError, match=f"{message}. Make it one, as by jax.numpy.asarray"):
+            call()
+    if isinstance(wrong, list):
+        with pytest.raises(TypeError, match="requires"):
+            jnp.dot(wrong, blocks)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch_bridge.function import jax2torch
     from torch_bridge.module import FlaxModule, from_flax
     from torch_bridge.nn import BlockDiagLinear, BlockSparseLinear, SparseLinear
-    from torch_bridge.patch import BlockSparseModelPatcher, sparsify
+    from torch_bridge.patch import BlockSparseModelPatcher, densify, sparsify
 
 __all__ = [
     "BlockDiagLinear",
@@ -27,6 +27,7 @@ __all__ = [
     "BridgeError",
     "FlaxModule",
     "SparseLinear",
+    "densify",
     "from_flax",
     "jax2torch",
     "jax_to_torch",
@@ -41,7 +42,7 @@ _HOMES = {
     "jax2torch": "function",
     **dict.fromkeys(("FlaxModule", "from_flax"), "module"),
     **dict.fromkeys(("BlockDiagLinear", "BlockSparseLinear", "SparseLinear"), "nn"),
-    **dict.fromkeys(("BlockSparseModelPatcher", "sparsify"), "patch"),
+    **dict.fromkeys(("BlockSparseModelPatcher", "densify", "sparsify"), "patch"),
 }
 
 

@@ -27,9 +27,10 @@ def gather(w: Tensor, stored: Stored) -> Tensor:
     """The stored blocks of a dense matrix, zero beyond its edge."""
     (i, o), row, col, (rows, cols) = _places(stored, w.device)
     w = w.T if stored.transposed else w
+    if (i, o) == (1, 1):
+        return w.T.take(col * rows + row)  # a Linear has its weight in this order
     w = F.pad(w, (0, cols * o - w.shape[1], 0, rows * i - w.shape[0])).reshape(rows, i, cols, o)
-    values = w[row, :, col]
-    return values.reshape(-1) if (i, o) == (1, 1) else values
+    return w[row, :, col]
 
 
 def scatter(values: Tensor, stored: Stored) -> Tensor:

@@ -27,7 +27,7 @@ def multiply(layer: Any, x: Tensor, index, matrix: Matrix) -> Tensor:
             f"the input is {x.dtype}, but the weight {weight.dtype}, and nothing is cast silently. Use "
             f"x.to({weight.dtype}), layer.to({x.dtype}), or torch.autocast."
         )
-    if products.is_direct(x, weight, layer._product.backend):
+    if products.is_direct(x, weight, layer._product.backend) or products.goes_to_onnx():
         return products.multiply(matrix, x, weight, bias, activation)
     y = layer._through_jax({"bias": bias, "index": index, "weight": weight, "x": x}, views)
     return ACTIVATIONS[activation](y) if activation else y

@@ -129,7 +129,9 @@ def to_dense(layer: nn.Module, expand: Callable[[Tensor], Tensor]) -> nn.Linear:
     source = read_sparse(layer)
     w = expand(source.weight.value)
     size_in, out = w.shape
-    return fill(nn.Linear(size_in, out, **source.options), source, w.T)
+    linear = nn.utils.skip_init(nn.Linear, size_in, out, **source.options)
+    assert isinstance(linear, nn.Linear)
+    return fill(linear, source, w.T)
 
 
 def present(layer: nn.Module, name: str) -> Part | None:

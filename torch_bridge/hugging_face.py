@@ -6,6 +6,7 @@ transformers loads a checkpoint whose layers are not its own through a *quantize
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch_bridge import _linear, patch
 from torch_bridge.nn import BlockDiagLinear, BlockSparseLinear, SparseLinear
 
 _METHOD = "jaxsparse"
+densify = patch.densify
 
 
 class SparseConfig(QuantizationConfigMixin):
@@ -35,7 +37,7 @@ class SparseConfig(QuantizationConfigMixin):
     Args:
       rules: as for `torch_bridge.sparsify`; of a dense checkpoint.
       layers: of a sparse checkpoint, what each layer is: {path: {"kind": "sparse", "nnzb": 419}}, a block-sparse one
-        with "block": [i, o], a block-diagonal one with "num_blocks" alone.
+        with "block": [i, o], a block-diagonal one with "num_blocks" alone; "activation" where a layer has one.
     """
 
     def __init__(self, rules: Rules = (), layers: Mapping[str, Mapping[str, Any]] | None = None, **kwargs):
@@ -97,18 +99,24 @@ def mark(model: nn.Module) -> None:
     """Makes `save_pretrained` of a model, and of the models of transformers in it, write what `from_pretrained` needs.
 
     `torch_bridge.sparsify` does so with the model that it is given. Call it for the model that you save where you
-    patched a part of it, or put sparse layers in by hand. A model that has another quantizer keeps that.
+    patched a part of it, or put sparse layers in by hand. A model that has another quantizer keeps that, with a
+    warning: transformers saves by one of them, and weights that are quantized can't be read without theirs.
     """
     for m in model.modules():
-        if isinstance(m, PreTrainedModel) and isinstance(vars(m).get("hf_quantizer"), SparseQuantizer | None):
+        if not isinstance(m, PreTrainedModel):
+            continue
+        other = vars(m).get("hf_quantizer")
+        if isinstance(other, SparseQuantizer | None):
             vars(m)["hf_quantizer"] = SparseQuantizer(SparseConfig(), pre_quantized=True)
+        else:
+            warnings.warn(_OTHER.format(model=type(m).__name__, other=type(other).__name__), stacklevel=2)
 
 
-def densify(model: nn.Module) -> None:
-    """Puts `torch.nn.Linear` layers in the place of all sparse ones, in place, zeros stored as zeros."""
-    for path, layer in _sparse_layers(model):
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer.to_linear())
+_OTHER = (
+    "this {model} has a {other}, and transformers writes the config of one quantizer only: save_pretrained will not "
+    "say which layers are sparse, and from_pretrained will not load them. Save model.state_dict(), and load it into "
+    "a model that the same rules made sparse."
+)
 
 
 def layers_of(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -120,6 +128,8 @@ def layers_of(model: nn.Module) -> dict[str, dict[str, Any]]:
         else:
             kind = "sparse" if isinstance(layer, SparseLinear) else "block_sparse"
             found[path] = {"kind": kind, "nnzb": layer.pattern.nnzb, "block": list(layer.pattern.block)}
+        if layer.activation is not None:
+            found[path]["activation"] = layer.activation
     return found
 
 
@@ -145,11 +155,14 @@ def _put_in(model: Any, path: str, layer: Mapping[str, Any]) -> None:
     setattr(model.get_submodule(parent), name, new)
 
 
-def _empty(old: _linear.Linear, kind: str, nnzb: int = 0, block=(1, 1), num_blocks: int = 0) -> nn.Module:
+def _empty(
+    old: _linear.Linear, kind: str, nnzb: int = 0, block=(1, 1), num_blocks: int = 0, activation: str | None = None
+) -> nn.Module:
+    options = {"activation": activation, **old.options}
     if kind == "block_diag":
-        return BlockDiagLinear(*old.shape, num_blocks, **old.options)
+        return BlockDiagLinear(*old.shape, num_blocks, **options)
     grid = grid_of(*check_sizes(old.shape, block))
-    options = {"density": nnzb / (grid[0] * grid[1]), **old.options}
+    options["density"] = nnzb / (grid[0] * grid[1])
     if kind == "sparse":
         return SparseLinear(*old.shape, **options)
     return BlockSparseLinear(*old.shape, block=tuple(block), **options)

@@ -49,5 +49,5 @@ class SparseLora(Linear):
         raise ValueError(
             f"an adapter can't be merged into a {type(base).__name__}: A B is a dense matrix, of which the pattern "
             "holds a part only. Keep the adapter beside the layer, or make the layers dense before they get adapters: "
-            "torch_bridge.hugging_face.densify(model), or layer.to_linear() one by one."
+            "torch_bridge.densify(model), or layer.to_linear() one by one."
         )

@@ -179,7 +179,8 @@ class BlockSparseLinear(nn.Module):
         known = None if lost else _index.Record.of([t.numpy() for t in stored.index[:2]], stored.grid)
         self._guard = _index.Guard(self._product.sizes, stored.grid, known)
         self._matrix: Sparse | None = None
-        self.reset_parameters()
+        if not isinstance(pattern, Stored):  # by `from_linear`, which fills it
+            self.reset_parameters()
 
     @property
     def pattern(self) -> BlockPattern:
@@ -248,13 +249,15 @@ class BlockSparseLinear(nn.Module):
 
     @classmethod
     def from_sparse(cls, weight: Tensor, bias: Tensor | None = None, **options) -> Self:
-        """The layer with the entries of an (out, in) CSR tensor, or the blocks of a BSR one, as its weight.
+        """The layer with the entries of an (out, in) sparse tensor, or the blocks of a BSR or BSC one, as its weight.
 
         Args:
+          weight: of any of torch's sparse layouts, or semi-structured (2:4) as CUTLASS has it.
           bias: [out], or None for a layer without.
           options: `precision`, `backend` and `activation`.
         Raises:
-          ValueError: for another layout, and for a BSR tensor where the layer stores single entries.
+          ValueError: for another layout, for blocks where the layer stores single entries, and for indices or metadata
+            that are no matrix.
         """
         from torch_bridge import _compressed
 
@@ -276,6 +279,17 @@ class BlockSparseLinear(nn.Module):
         from torch_bridge import _compressed
 
         return _compressed.join(self.pattern, _linear.read_sparse(self).weight.value.clone())
+
+    def to_semi_structured(self) -> Tensor:
+        """A copy of the weight as torch's (out, in) semi-structured tensor, with which a GPU multiplies.
+
+        Raises:
+          ValueError: where more than 2 of 4 neighbouring inputs, of float32 1 of 2, are not zero.
+          RuntimeError: torch's own, for sizes or dtypes that it has no such tensors of.
+        """
+        from torch_bridge import _compressed
+
+        return _compressed.pack(self.to_linear().weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         index = self._index()

@@ -83,7 +83,11 @@ def sparsify(
         times = _race(races, rule, old, layer) if races else None
         if times and times[1] >= times[0]:
             rule, layer = None, old
-        error = None if fresh and layer is not old else _relative_error(old, layer)
+        error = (
+            None
+            if fresh and layer is not old
+            else _relative_error(old, layer, keeps_all=bool(rule and rule.keep) and not rescale)
+        )
         rows.append(_row(path, rule, old, layer, relative_error=error, milliseconds=times))
         if rule:
             new[old] = layer
@@ -93,6 +97,35 @@ def sparsify(
 
         hugging_face.mark(model)
     return PatchReport(rows, size, passed_over(parsed, left), undo)
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Puts `torch.nn.Linear` layers in the place of all sparse ones, in place, zeros stored as zeros.
+
+    What results needs nothing of this library any more, in checkpoints and in exported programs. A layer with an
+    activation becomes a `torch.nn.Sequential` of the Linear and that.
+
+    Returns:
+      The model, or what takes its place if it is a sparse layer itself.
+    """
+    sparse = [m for m in model.modules() if isinstance(m, (BlockDiagLinear, BlockSparseLinear))]
+    new: dict[nn.Module, nn.Module] = {m: _dense(m) for m in sparse}
+    _replace(model, new)
+    return new.get(model, model)
+
+
+def _dense(layer: Any) -> nn.Module:
+    linear = layer.to_linear()
+    if layer.activation is None:
+        return linear
+    return nn.Sequential(linear, _ACTIVATIONS[layer.activation]()).train(layer.training)
+
+
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": lambda: nn.GELU(approximate="tanh"),
+    "silu": nn.SiLU,
+}
 
 
 class PatchReport(Report):
@@ -237,8 +270,8 @@ def _row(path: str, rule: Rule | None, old: nn.Module, new: nn.Module, **numbers
     return Row.of(path, rule, _linear.read(old).shape, **sizes, **numbers)
 
 
-def _relative_error(old: nn.Module, new: Any) -> float:
-    if new is old:
+def _relative_error(old: nn.Module, new: Any, keeps_all: bool) -> float:
+    if new is old or keeps_all:  # what a mask of all that is not zero drops is zero
         return 0.0
     before, after = _linear.read(old).weight.value, new.to_linear().weight.detach().T
     lost, all_of_it = (float(torch.linalg.vector_norm(w, dtype=torch.float64)) for w in (after - before, before))

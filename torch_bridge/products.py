@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
-from torch_bridge import _watch
+from torch_bridge import _portable, _watch
 from torch_bridge._matrix import ACTIVATIONS, WHY_NOT, Matrix, sum_of_rows
 
 _ORDINARY = (Tensor, torch.nn.Parameter)  # whose memory is their own
@@ -27,6 +27,11 @@ def is_direct(x: Tensor, w: Tensor, backend: str | None) -> bool:
     """Whether a layer's product goes straight to the kernels. All others go through JAX: those on other devices, those
     whose back end is another by name, and all where `WHY_NOT` is a reason."""
     return x.is_cpu and w.is_cpu and backend in (None, "cpu") and WHY_NOT is None
+
+
+def goes_to_onnx() -> bool:
+    """Whether torch.onnx.export records."""
+    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
 
 
 def multiply(matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
@@ -44,12 +49,14 @@ def multiply(matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None = None, a
       ValueError: for shapes or dtypes that do not fit, and for an index out of range.
     """
     transforms = _watch.transforms_active() and not _watch.functionalizes()
+    if not transforms and _is_recorded():  # before the next line: what is recorded does not depend on who trains
+        if torch.onnx.is_in_onnx_export():
+            return _portable.multiply(matrix, x, w, bias, activation)
+        return matrix.operator("multiply", x, w, bias, activation)
     if activation and (transforms or is_trained(x, w, bias)):
         return ACTIVATIONS[activation](multiply(matrix, x, w, bias))
     if transforms:
         return _MultiplyUnderTransforms.apply(matrix, x, w, bias, *matrix.index)
-    if _is_recorded():
-        return matrix.operator("multiply", x, w, bias, activation)
     if torch.is_grad_enabled() and not activation:
         return Multiply.apply(matrix, x, w, bias)
     return _raw(matrix, "multiply", x, w, bias, activation)

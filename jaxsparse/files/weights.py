@@ -19,7 +19,7 @@ class SparseMatrix(NamedTuple):
     values: jax.Array | np.ndarray | None
 
 
-def gather(arrays: Mapping[str, np.ndarray]) -> dict[str, SparseMatrix | np.ndarray]:
+def gather(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Puts the parts of every sparse weight together; what is no part of one stays as it is.
 
     Weights are (out, in) in these formats, and become matrices (in, out) for `spmm`:
