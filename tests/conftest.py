@@ -1,7 +1,45 @@
-"""Fixtures that several test files share."""
+"""What holds for all tests: which ones are slow, how XLA compiles, when its programs are dropped; shared fixtures."""
+
+import os
 
 import jax
 import pytest
+
+# XLA's optimizer takes most of the time of a test at toy sizes. It never touches the kernels in C++, and the dense
+# product, which sets every tolerance, is compiled as the product beside it. Processes that a test starts optimize, and
+# .ci/run has the products tested with this setting too.
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the slow tests too")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves the slow tests out, unless all are wanted or a file was named."""
+    named = any(".py" in argument for argument in config.args)
+    if config.option.all or named or config.option.markexpr:
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+@pytest.fixture
+def optimized():
+    """XLA's whole optimizer, for what is asked of a compiled program: its memory, its operations, its rounding."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _memory_of_a_module():
+    """The programs of a module go with it."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

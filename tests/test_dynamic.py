@@ -257,6 +257,7 @@ def test_memory_of_a_tenth_of_the_weights(block, allowed):
     assert 0.09 < train(sparse) / dense <= allowed
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("block", [(1, 1), (32, 32)])
 def test_rigl_makes_a_bounded_part_of_the_dense_gradient(block, monkeypatch):
     pattern = jax.eval_shape(lambda: BlockPattern.random(KEY, (8192, 8192), density=0.01, block=block))
