@@ -1,10 +1,17 @@
 """What holds for all tests: which ones are slow, how XLA compiles, when its programs are dropped; shared fixtures."""
 
+import ctypes
+import gc
+import mmap
 import os
+from pathlib import Path
 
 import jax
 import pytest
 
+STATUS = Path("/proc/self/statm")  # on Linux
+MORE = 300 * 2**20
+limit = 1200 * 2**20  # bytes
 # XLA's optimizer takes most of the time of a test at toy sizes. It never touches the kernels in C++, and the dense
 # product, which sets every tolerance, is compiled as the product beside it. Processes that a test starts optimize, and
 # .ci/run has the products tested with this setting too.
@@ -35,11 +42,20 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _memory_of_a_module():
-    """The programs of a module go with it."""
-    yield
+def pytest_runtest_logfinish():
+    """Drops the compiled programs once they take much memory, so that two workers fit a laptop."""
+    global limit
+    if not STATUS.exists() or resident() < limit:
+        return
     jax.clear_caches()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
+    limit = max(limit, resident() + MORE)
+
+
+def resident() -> int:
+    """Bytes that this process holds."""
+    return int(STATUS.read_text().split()[1]) * mmap.PAGESIZE
 
 
 @pytest.fixture

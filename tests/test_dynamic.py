@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sweeps import rows_mostly_slow
 from test_formats import check_valid
 
 from jaxsparse import BlockPattern, dynamic, pruning, spmm
@@ -58,7 +59,7 @@ CASES = [  # shape, block, density, whether the drop fraction is traced
 ]
 
 
-@pytest.mark.parametrize("shape,block,density,traced", CASES)
+@pytest.mark.parametrize("shape,block,density,traced", rows_mostly_slow(CASES))
 def test_rigl_equals_the_oracle_with_the_dense_gradient(shape, block, density, traced, small_chunks):
     rng, ties = np.random.default_rng(0), 0
     for seed in range(40):

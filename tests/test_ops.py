@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweeps import mostly_slow
 
 from jaxsparse import _backends, block_diag_matmul, reference, sddmm, spmm, testing
 from jaxsparse.formats import BlockPattern
@@ -66,7 +67,7 @@ def test_spmm_and_its_gradients_match_the_dense_product(case, backend, dtype):
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
-@pytest.mark.parametrize("case", testing.CASES[::4], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", mostly_slow(testing.CASES[::4]), ids=lambda c: c.name)
 def test_the_transposed_view_multiplies_by_the_transpose(case, backend):
     pattern = case.pattern.T
     skip_unless_it_runs(backend, pattern)
@@ -75,7 +76,7 @@ def test_the_transposed_view_multiplies_by_the_transpose(case, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", testing.CASES[1:10:2], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", mostly_slow(testing.CASES[1:10:2]), ids=lambda c: c.name)
 def test_spmm_in_float64(case, backend, x64):
     pattern = case.pattern
     skip_unless_it_runs(backend, pattern, jnp.float64)
@@ -94,7 +95,7 @@ def test_block_diag_matmul_and_its_gradients_match_the_dense_product(case, backe
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", testing.CASES[1::3], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", mostly_slow(testing.CASES[1::3], 3), ids=lambda c: c.name)
 def test_sddmm_is_the_sampled_product(case, backend):
     skip_unless_it_runs(backend, case.pattern)
     for pattern in (case.pattern, case.pattern.T):
@@ -106,7 +107,7 @@ def test_sddmm_is_the_sampled_product(case, backend):
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", jnp.tanh])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["tall blocks of 32x16", "wide unstructured", "banded"])
+@pytest.mark.parametrize("name", mostly_slow(["banded", "tall blocks of 32x16", "wide unstructured"]))
 def test_activations_and_their_gradients_match_dense(name, backend, activation):
     case = next(c for c in testing.CASES if c.name == name)
     pattern, act = case.pattern, getattr(jax.nn, activation) if isinstance(activation, str) else activation
