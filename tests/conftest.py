@@ -15,8 +15,8 @@ limit = 1200 * 2**20  # bytes
 # XLA's optimizer takes most of the time of a test at toy sizes. It never touches the kernels in C++, and the dense
 # product, which sets every tolerance, is compiled as the product beside it. Processes that a test starts optimize, and
 # .ci/run has the products tested with this setting too.
-if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
-    jax.config.update("jax_disable_most_optimizations", True)
+UNOPTIMIZED = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0"
+jax.config.update("jax_disable_most_optimizations", UNOPTIMIZED)
 
 
 def pytest_addoption(parser):
@@ -36,10 +36,9 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def optimized():
     """XLA's whole optimizer, for what is asked of a compiled program: its memory, its operations, its rounding."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", UNOPTIMIZED)
 
 
 def pytest_runtest_logfinish():
