@@ -1,13 +1,15 @@
-# make demo | make test: each sets up a virtual environment by itself the first time, and works at once after that.
+# make demo | test | test-all: each sets up a virtual environment by itself the first time, and works at once after that.
+# make test leaves out what takes long; make test-all is what continuous integration runs.
 # make check: formatting, lint and types as well.
 
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?= tests
 BIN := $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest -q -n auto --dist loadgroup
 export PYTHONDONTWRITEBYTECODE = 1
 
-.PHONY: demo test check clean
+.PHONY: demo test test-all check clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.ready
@@ -15,8 +17,12 @@ demo: $(VENV)/.ready
 	@$(BIN)/python examples/train_classifier.py
 
 test: $(VENV)/.ready
-	@echo "test: every op, layer, bridge and example, several minutes on two cores"
-	@$(BIN)/python -m pytest -q -n auto --dist loadgroup $(TESTS)
+	@echo "test: every op, layer and bridge, some minutes on two cores; make test-all runs the slow ones too"
+	@$(PYTEST) $(TESTS)
+
+test-all: $(VENV)/.ready
+	@echo "test-all: the slow ones too: sweeps, fuzz, processes, sanitizers and examples, half an hour on two cores"
+	@JAXSPARSE_FUZZ_EXAMPLES=$${JAXSPARSE_FUZZ_EXAMPLES:-2000} $(PYTEST) --all $(TESTS)
 
 check: $(VENV)/.ready
 	@echo "check: formatting, lint and types"

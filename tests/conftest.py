@@ -1,7 +1,60 @@
-"""Fixtures that several test files share."""
+"""What holds for all tests: which ones are slow, how XLA compiles, when its programs are dropped; shared fixtures."""
+
+import ctypes
+import gc
+import mmap
+import os
+from pathlib import Path
 
 import jax
 import pytest
+
+STATUS = Path("/proc/self/statm")  # on Linux
+MORE = 300 * 2**20
+limit = 1200 * 2**20  # bytes
+# XLA's optimizer takes most of the time of a test at toy sizes. It never touches the kernels in C++, and the dense
+# product, which sets every tolerance, is compiled as the product beside it. Processes that a test starts optimize, and
+# .ci/run has the products tested with this setting too.
+UNOPTIMIZED = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0"
+jax.config.update("jax_disable_most_optimizations", UNOPTIMIZED)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the slow tests too")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves the slow tests out, unless all are wanted or a file was named."""
+    named = any(".py" in argument for argument in config.args)
+    if config.option.all or named or config.option.markexpr:
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+@pytest.fixture
+def optimized():
+    """XLA's whole optimizer, for what is asked of a compiled program: its memory, its operations, its rounding."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", UNOPTIMIZED)
+
+
+def pytest_runtest_logfinish():
+    """Drops the compiled programs once they take much memory, so that two workers fit a laptop."""
+    global limit
+    if not STATUS.exists() or resident() < limit:
+        return
+    jax.clear_caches()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
+    limit = max(limit, resident() + MORE)
+
+
+def resident() -> int:
+    """Bytes that this process holds."""
+    return int(STATUS.read_text().split()[1]) * mmap.PAGESIZE
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ FAMILIES = ["unstructured", "blocks", "small batch", "large batch", "block-diago
 missing = [name for name in ("torch", "matplotlib") if not importlib.util.find_spec(name)]
 pytestmark = [
     pytest.mark.skipif(bool(missing), reason=f"{' and '.join(missing)} not installed"),
+    pytest.mark.slow,
     pytest.mark.xdist_group("benchmarks"),  # one worker, one quick run
 ]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # a dry run of the whole benchmark
 ROOT = Path(__file__).parents[1]
 BLOCKED = """
 import sys

@@ -104,6 +104,7 @@ def assert_success(*processes, seconds=150):
         assert process.returncode == 0, output
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="gloo by a shared file, as on Linux")
 def test_two_processes_train_as_one_does_on_both_batches(tmp_path):
     program = tmp_path / "shared.py"

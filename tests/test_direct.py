@@ -6,6 +6,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweeps import mostly_slow
 
 import cpu_kernels as ck
 from cpu_kernels import direct
@@ -58,7 +59,7 @@ def all_products(case, dtype, kind):
 
 
 @pytest.mark.parametrize("kind, dtype", [("torch", "float32"), ("torch", "bfloat16"), ("NumPy", "float32")])
-@pytest.mark.parametrize("case", testing.CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", mostly_slow(testing.CASES), ids=lambda c: c.name)
 def test_every_product_is_as_close_as_the_dense_one(case, kind, dtype):
     found, operands = all_products(case, jnp.dtype(dtype), KINDS[kind])
     truth = testing.true_products(*operands, case.pattern)

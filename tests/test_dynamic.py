@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sweeps import rows_mostly_slow
 from test_formats import check_valid
 
 from jaxsparse import BlockPattern, dynamic, pruning, spmm
@@ -58,7 +59,7 @@ CASES = [  # shape, block, density, whether the drop fraction is traced
 ]
 
 
-@pytest.mark.parametrize("shape,block,density,traced", CASES)
+@pytest.mark.parametrize("shape,block,density,traced", rows_mostly_slow(CASES))
 def test_rigl_equals_the_oracle_with_the_dense_gradient(shape, block, density, traced, small_chunks):
     rng, ties = np.random.default_rng(0), 0
     for seed in range(40):
@@ -257,6 +258,7 @@ def test_memory_of_a_tenth_of_the_weights(block, allowed):
     assert 0.09 < train(sparse) / dense <= allowed
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("block", [(1, 1), (32, 32)])
 def test_rigl_makes_a_bounded_part_of_the_dense_gradient(block, monkeypatch):
     pattern = jax.eval_shape(lambda: BlockPattern.random(KEY, (8192, 8192), density=0.01, block=block))

@@ -94,6 +94,7 @@ def picture(path: Path) -> np.ndarray:
     return matplotlib.image.imread(path)[..., :3]
 
 
+@pytest.mark.slow
 @needs_torch
 def test_the_classifier_trains_four_models_and_goes_on_in_torch(digits, picture_and_bar, tmp_path):
     out = run("train_classifier", "--width", 320, "--epochs", 6, "--out", "sub/picture.png", cwd=tmp_path)
@@ -110,6 +111,7 @@ def test_the_classifier_trains_four_models_and_goes_on_in_torch(digits, picture_
     check_picture(tmp_path / "sub" / "picture.png")
 
 
+@pytest.mark.slow
 def test_the_classifier_takes_a_file_like_mnist_and_does_without_torch(mnist_like, picture_and_bar, tmp_path):
     hidden = hidden_from_python("torch", tmp_path)
     args = ["--data", mnist_like, "--width", 320, "--epochs", 8, "--batch", 32, "--out", "picture.png"]
@@ -120,6 +122,7 @@ def test_the_classifier_takes_a_file_like_mnist_and_does_without_torch(mnist_lik
     check_picture(tmp_path / "picture.png")
 
 
+@pytest.mark.slow
 def test_the_ensemble_is_no_worse_than_its_members(digits, tmp_path):
     out = run("ensemble", "--members", 4, "--width", 32, "--epochs", 12, cwd=tmp_path)
     members = re.search(r"members: (\S+)% to (\S+)%, mean (\S+)%; ensemble: (\S+)%", out)
@@ -138,6 +141,7 @@ def test_the_own_mask_learns_as_the_masked_dense_layer_does(tmp_path):
     assert int(sparse.replace(",", "")) < 0.11 * int(dense.replace(",", ""))
 
 
+@pytest.mark.slow
 @needs_torch
 def test_roberta_trains_as_well_with_half_of_its_blocks(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib, which draws the picture, is not installed")
@@ -152,6 +156,7 @@ def test_roberta_trains_as_well_with_half_of_its_blocks(tmp_path):
     assert pixels.shape[1] == 1440 and 0.005 < (pixels.min(axis=2) < 0.9).mean() < 0.2
 
 
+@pytest.mark.slow
 @needs_torch
 def test_a_model_goes_from_flax_to_torch_and_back_with_equal_outputs(digits, tmp_path):
     out = run("flax_and_back", "--quick", cwd=tmp_path)
@@ -173,6 +178,7 @@ def test_one_changed_line_learns_the_same_with_a_tenth_of_the_parameters(tmp_pat
     assert sizes[2] < 0.11 * sizes[0] == 0.11 * sizes[1]
 
 
+@pytest.mark.slow
 def test_moving_patterns_keep_the_budget_and_draw(digits, picture_and_bar, tmp_path):
     out = run("moving_patterns", "--quick", "--out", "numbers.json", "--picture", "sub/p.png", cwd=tmp_path)
     numbers = json.loads((tmp_path / "numbers.json").read_text())
@@ -193,6 +199,7 @@ def test_the_three_layers_learn(tmp_path):
     assert all(last < first for first, last in losses) and losses[2][1] < losses[0][1]
 
 
+@pytest.mark.slow
 def test_the_small_gpt_runs_with_every_mlp(tmp_path):
     out = run("byte_gpt", "--quick", cwd=tmp_path)
     found = re.findall(r"^(dense|block-\S+(?: wide)?) +(\S+) +(\S+) +(\S+) +\S+ MB +\S+ ms$", out, re.MULTILINE)
@@ -211,6 +218,7 @@ def orbax():
     pytest.importorskip("orbax.checkpoint", reason="Orbax, which writes the checkpoints, is not installed")
 
 
+@pytest.mark.slow
 def test_four_processes_learn_as_one_does(digits, picture_and_bar, orbax, tmp_path):
     out = run("many_processes", "--processes", 4, "--compare", *PROCESSES, cwd=tmp_path)
     assert "mesh {'batch': 2, 'blocks': 2}" in out and "mesh {'batch': 1, 'blocks': 1}" in out
@@ -221,6 +229,7 @@ def test_four_processes_learn_as_one_does(digits, picture_and_bar, orbax, tmp_pa
     assert float(differences["block-diagonal"]) <= max(2 * float(differences["dense"]), floor)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_all_and_training_goes_on_with_another_number(digits, picture_and_bar, orbax, tmp_path):
     said = run("many_processes", "--processes", 2, "--kill-at", 5, *PROCESSES, cwd=tmp_path, fails=True)
     ended = re.search(r"all ended within (\S+) of 20 s; process 0: ended with code \S+, process 1: was killed", said)
@@ -232,6 +241,7 @@ def test_a_killed_process_ends_all_and_training_goes_on_with_another_number(digi
     assert len(after) == 2 and after == pytest.approx(never_killed, abs=2e-4)
 
 
+@pytest.mark.slow
 @needs_torch
 def test_ddp_and_fsdp_learn_as_one_process_does(tmp_path):
     out = run("torch_distributed", "--steps", 8, "--width", 64, cwd=tmp_path)

@@ -1,6 +1,6 @@
 """Random patterns, shapes and dtypes against the oracle, on every back end that runs here.
 
-JAXSPARSE_FUZZ_EXAMPLES=100000 runs it for longer.
+JAXSPARSE_FUZZ_EXAMPLES=100000 runs it for longer, and `make test-all` with 2000.
 """
 
 import functools
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jaxsparse import BlockPattern, _backends, spmm, testing
 
-EXAMPLES = int(os.environ.get("JAXSPARSE_FUZZ_EXAMPLES", "2000"))
+EXAMPLES = int(os.environ.get("JAXSPARSE_FUZZ_EXAMPLES", "200"))
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 # (in, out), block, batch: few, so that most examples meet a program that is already compiled
 SIZES = [
@@ -29,6 +29,10 @@ SIZES = [
 ]
 COUNTS = [0.0, 0.1, 0.6, 1.0]
 FEWER = {"cpu": 1, "xla": 100, "interpret": 200}  # of those that take any block, by how slow they are to compile
+BACKENDS = [
+    pytest.param(name, marks=[pytest.mark.slow] * (k > 0))
+    for k, name in enumerate(name for name in FEWER if _backends.why_not(name) is None)
+]
 
 
 @st.composite
@@ -65,7 +69,7 @@ def dense_products(x, w, b, dy, pattern):
     return {k: v.astype(x.dtype) for k, v in {**products, "db": dy32.sum(0)}.items()}
 
 
-@pytest.mark.parametrize("backend", [name for name in FEWER if _backends.why_not(name) is None])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_any_pattern_matches_the_oracle(backend):
     examples, checks = EXAMPLES // FEWER[backend], list(HealthCheck)
 

@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow  # eight devices in processes of their own
 HERE = Path(__file__).parent
 
 

@@ -9,6 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "cpu_kernels"
 ARM = ("aarch64-linux-gnu-g++", "qemu-aarch64")
+pytestmark = pytest.mark.slow  # two builds with sanitizers, one run under an emulator
 BUILDS = {
     "address and undefined": (["-DJAXSPARSE_SANITIZE=address,undefined"], []),
     "thread": (["-DJAXSPARSE_SANITIZE=thread"], []),

@@ -7,16 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweeps import mostly_slow
 
 from jaxsparse import _backends, block_diag_matmul, reference, sddmm, spmm, testing
 from jaxsparse.formats import BlockPattern
 
 pytestmark = pytest.mark.usefixtures("strict")
 CAN_RUN = {name: _backends.why_not(name, block=(16, 16)) for name in _backends.BACKENDS}
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
-    for name, reason in CAN_RUN.items()
-]
+BACKENDS = [name for name, reason in CAN_RUN.items() if reason is None]
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
 
@@ -30,14 +28,20 @@ def skip_unless_it_runs(backend, pattern, dtype=jnp.float32):
 
 
 def without_slow(cases):
-    """(case, backend, dtype), of the interpreter's half numbers one case in eight."""
+    """(case, backend, dtype): of half numbers one case in eight, and of XLA's the others as slow ones."""
     return [
-        pytest.param(case, backend.values[0], dtype, marks=backend.marks)
+        pytest.param(case, backend, dtype, marks=[pytest.mark.slow] * (backend == "xla" and not kept))
         for k, case in enumerate(cases)
         for backend in BACKENDS
         for dtype in DTYPES
-        if backend.values[0] != "interpret" or dtype == jnp.float32 or k % 8 == 1
+        if (kept := backend == "cpu" or dtype == jnp.float32 or k % 8 == 1) or backend != "interpret"
     ]
+
+
+@pytest.mark.parametrize("name", [name for name in CAN_RUN if name not in BACKENDS])
+def test_every_back_end_runs_here_or_says_why_not(name):
+    assert CAN_RUN[name]
+    pytest.skip(f"{name}: {CAN_RUN[name]}")
 
 
 def label(value):
@@ -63,7 +67,7 @@ def test_spmm_and_its_gradients_match_the_dense_product(case, backend, dtype):
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
-@pytest.mark.parametrize("case", testing.CASES[::4], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", mostly_slow(testing.CASES[::4]), ids=lambda c: c.name)
 def test_the_transposed_view_multiplies_by_the_transpose(case, backend):
     pattern = case.pattern.T
     skip_unless_it_runs(backend, pattern)
@@ -72,7 +76,7 @@ def test_the_transposed_view_multiplies_by_the_transpose(case, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", testing.CASES[1:10:2], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", mostly_slow(testing.CASES[1:10:2]), ids=lambda c: c.name)
 def test_spmm_in_float64(case, backend, x64):
     pattern = case.pattern
     skip_unless_it_runs(backend, pattern, jnp.float64)
@@ -91,7 +95,7 @@ def test_block_diag_matmul_and_its_gradients_match_the_dense_product(case, backe
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", testing.CASES[1::3], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", mostly_slow(testing.CASES[1::3], 3), ids=lambda c: c.name)
 def test_sddmm_is_the_sampled_product(case, backend):
     skip_unless_it_runs(backend, case.pattern)
     for pattern in (case.pattern, case.pattern.T):
@@ -103,7 +107,7 @@ def test_sddmm_is_the_sampled_product(case, backend):
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", jnp.tanh])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["tall blocks of 32x16", "wide unstructured", "banded"])
+@pytest.mark.parametrize("name", mostly_slow(["banded", "tall blocks of 32x16", "wide unstructured"]))
 def test_activations_and_their_gradients_match_dense(name, backend, activation):
     case = next(c for c in testing.CASES if c.name == name)
     pattern, act = case.pattern, getattr(jax.nn, activation) if isinstance(activation, str) else activation

@@ -63,6 +63,11 @@ sys.meta_path = [finder for finder in sys.meta_path if "ScikitBuild" not in type
 needs_interpreter = pytest.mark.skipif(TOO_OLD, reason=f"mosaic: JAX {jax.__version__} has no interpreter for it")
 
 
+def started_together(test):
+    """Slow, and on one worker: each that asks for one case starts them all."""
+    return pytest.mark.slow(pytest.mark.xdist_group("mosaic")(test))
+
+
 def interpret(case: str, packages: Path = HERE.parent) -> subprocess.CompletedProcess:
     """Runs one case in a process of its own, on the packages of a folder."""
     command = [sys.executable, "-W", "error", HERE / "mosaic_interpreted.py", case]
@@ -101,6 +106,7 @@ def started(tmp_path_factory):
     pool.shutdown(cancel_futures=True)
 
 
+@started_together
 @needs_interpreter
 @pytest.mark.parametrize("case", CASES)
 def test_interpreted_kernels_match_the_dense_product_without_a_race(case, started):
@@ -108,6 +114,7 @@ def test_interpreted_kernels_match_the_dense_product_without_a_race(case, starte
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@started_together
 @needs_interpreter
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_caught(bug, started):
@@ -163,6 +170,7 @@ def test_what_was_measured_fits_a_program():
             assert config.shared_memory <= configs.SHARED_MEMORY, name
 
 
+@pytest.mark.slow
 @needs_interpreter
 @pytest.mark.skipif(not COMPILER, reason="mosaic: JAXSPARSE_GPU_COMPILER names no folder with XLA's compiler for GPUs")
 def test_compiled_kernels_use_tensor_cores_and_tma_and_spill_nothing():

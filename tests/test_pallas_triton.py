@@ -106,6 +106,7 @@ def test_indices_of_16_bits_give_the_same_bits(backend):
     jax.tree.map(np.testing.assert_array_equal, products(pattern), products(narrowed(pattern)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILER, reason="triton: JAXSPARSE_GPU_COMPILER names no folder with XLA's compiler for GPUs")
 def test_compiled_kernels_spill_nothing_and_gather_whole_rows_or_use_tensor_cores(tmp_path):
     command = [sys.executable, Path(__file__).with_name("triton_compiled.py"), COMPILER, tmp_path]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sweeps import mostly_slow
 
 from jaxsparse import BlockPattern, spmm, testing
 from jaxsparse._indices import check_index
@@ -40,7 +41,7 @@ def padding_of(parts):
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["stored", "transposed"])
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("case", testing.CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", mostly_slow(testing.CASES), ids=lambda c: c.name)
 def test_pieces_join_bit_for_bit(case, axis, transposed, pieces=3):
     pattern = case.pattern.T if transposed else case.pattern
     parts = pattern.split(pieces, axis)
@@ -57,7 +58,7 @@ def test_pieces_join_bit_for_bit(case, axis, transposed, pieces=3):
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["stored", "transposed"])
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("case", testing.CASES[1::3], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", mostly_slow(testing.CASES[1::3], 3), ids=lambda c: c.name)
 def test_pieces_make_the_product_and_padding_gets_no_gradient(case, axis, transposed):
     pattern = case.pattern.T if transposed else case.pattern
     parts = pattern.split(3, axis)
@@ -75,6 +76,7 @@ def test_pieces_make_the_product_and_padding_gets_no_gradient(case, axis, transp
     assert not np.asarray(grad)[np.asarray(padding_of(parts))].any()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(st.data())
 def test_any_pattern_joins(data):

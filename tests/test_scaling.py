@@ -32,6 +32,7 @@ def test_the_tables_are_those_of_the_formula():
     assert len(tables) == 2 and all(table in DOCUMENT for table in tables)
 
 
+@pytest.mark.slow
 def test_programs_hold_the_collectives_of_the_formula():
     table = told("--count")
     assert table in DOCUMENT

@@ -3,6 +3,9 @@
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow  # two devices in processes of their own
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P

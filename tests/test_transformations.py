@@ -15,7 +15,10 @@ from jax.sharding import PartitionSpec
 from jaxsparse import BlockPattern, block_diag_matmul, exporting, sddmm, spmm, testing, why_not
 
 README = Path(__file__).parent.parent / "README.md"
-BACKENDS = [name for name in ("cpu", "xla", "interpret") if why_not(name) is None]
+BACKENDS = [
+    pytest.param(name, marks=[pytest.mark.slow] * (k > 0))
+    for k, name in enumerate(name for name in ("cpu", "xla", "interpret") if why_not(name) is None)
+]
 ROWS, IN, OUT = 3, 8, 12
 CHECKPOINTS = jax.checkpoint_policies
 

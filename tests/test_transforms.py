@@ -158,6 +158,7 @@ def temporaries(loss, *args) -> int:
     return step.lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("backend", ["xla", None])
 @pytest.mark.parametrize("block", [16, 32, 128, (64, 16)])
 def test_temporaries_of_a_block_sparse_step_are_linear_in_batch_and_nnz(block, backend):
@@ -167,6 +168,7 @@ def test_temporaries_of_a_block_sparse_step_are_linear_in_batch_and_nnz(block, b
     assert got <= 16 * x.nbytes + 2 * blocks.nbytes  # batch x nnz / block is 1.6 GB for blocks of 16
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("backend", ["xla", None])
 def test_temporaries_of_a_block_diagonal_step_are_linear_in_batch(backend):
     x, blocks = jnp.ones((BATCH, SIZE)), jnp.ones((16, SIZE // 16, SIZE // 16))
@@ -174,6 +176,7 @@ def test_temporaries_of_a_block_diagonal_step_are_linear_in_batch(backend):
     assert got <= 8 * x.nbytes + 2 * blocks.nbytes
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("backend,density", [("xla", 0.5 * _xla.CHUNKS_BELOW), (None, 0.1)])
 def test_temporaries_of_a_chunked_unstructured_step_are_linear_in_batch_and_nnz(backend, density):
     pattern = make(0, 1, (SIZE, SIZE), density)
@@ -182,6 +185,7 @@ def test_temporaries_of_a_chunked_unstructured_step_are_linear_in_batch_and_nnz(
     assert got <= 16 * x.nbytes + 4 * values.nbytes  # batch x nnz is 64 MB, in x out is 17 MB
 
 
+@pytest.mark.usefixtures("optimized")
 def test_a_matrix_too_large_to_expand_goes_by_chunks(monkeypatch):
     monkeypatch.setattr(_xla, "DENSE_LIMIT", 1000)
     jax.clear_caches()
