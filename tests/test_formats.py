@@ -1,7 +1,8 @@
 """Patterns: exact counts, valid indices, edges, conversions, and what the constructors refuse."""
 
-import time
+import sys
 
+import evenness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +57,37 @@ def test_random_reaches_every_input_about_equally(density):
     assert 0.7 < share.min() and share.max() < 1.4
 
 
+@pytest.mark.parametrize("grid, count", evenness.GRIDS, ids=str)
+def test_every_place_is_equally_likely(grid, count):
+    shape, density = (2 * grid[0] - 1, 3 * grid[1] - 1), count / (grid[0] * grid[1])  # ragged in both directions
+
+    @jax.jit
+    @jax.vmap
+    def drawn(key):
+        pattern = BlockPattern.random(key, shape, density=density, block=(2, 3))
+        return jnp.zeros(grid, bool).at[pattern.rows, pattern.cols].set(True)
+
+    for seed in range(3):
+        marked = np.asarray(drawn(jax.random.split(jax.random.key(seed), 10_000)))
+        evenness.assert_equally_likely(marked.reshape(10_000, -1), count)
+
+
+def test_strata_alone_are_found_uneven():
+    rng = np.random.default_rng(0)
+    marked = np.zeros((10_000, 5), bool)
+    for low, high in ((0, 3), (3, 5)):
+        marked[np.arange(10_000), rng.integers(low, high, 10_000)] = True
+    with pytest.raises(AssertionError, match="squared deviations"):
+        evenness.assert_equally_likely(marked, 2)
+
+
+def test_the_inputs_of_a_column_are_spread_out():
+    pattern = BlockPattern.random(KEY, (60, 40), density=0.1)
+    rows = np.asarray(pattern.row_index).reshape(40, 6)
+    for column in rows:  # some rotation puts one row into each of the six strata
+        assert any((np.sort((column + turn) % 60 // 10) == np.arange(6)).all() for turn in range(10))
+
+
 def test_random_is_the_same_jitted_or_not_and_traceable():
     make = lambda key: BlockPattern.random(key, (100, 90), density=0.3, block=8)  # noqa: E731
     eager, jitted, abstract = make(KEY), jax.jit(make)(KEY), jax.eval_shape(make, KEY)
@@ -81,11 +113,38 @@ def test_a_large_pattern_takes_little_memory():
     assert memory.temp_size_in_bytes < 4 * result  # a matrix of random numbers would be 67 MB of 20 MB
 
 
-def test_a_large_pattern_is_built_without_a_loop_over_entries():
-    start = time.process_time()
-    pattern = BlockPattern.random(KEY, (4096, 4096), density=0.1)
-    BlockPattern.from_indices(pattern.rows, pattern.cols, shape=(4096, 4096))
-    assert time.process_time() - start < 60  # a guard against Python loops, not a measure: it takes about 2 s
+def lines_run(make):
+    """How many lines of Python `make` runs."""
+    count = 0
+
+    def trace(frame, event, arg):
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        make()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_a_pattern_is_built_without_a_loop_over_its_entries_or_rows():
+    def constructed(size):
+        pattern = BlockPattern.random(KEY, (size, size), density=0.5)
+        rows, cols, mask = (np.asarray(a) for a in (pattern.rows, pattern.cols, pattern.to_mask()))
+        return [
+            lambda: BlockPattern.random(KEY, (size, size), density=0.5),
+            lambda: BlockPattern.from_indices(rows, cols, shape=(size, size)),
+            lambda: BlockPattern.from_mask(mask),
+            lambda: BlockPattern.from_scipy(scipy.sparse.coo_array(mask)),
+        ]
+
+    for small, large in zip(constructed(16), constructed(256), strict=True):
+        small(), large()  # compiled
+        assert abs(lines_run(large) - lines_run(small)) < 128  # of rows there are 240 more
 
 
 def test_transposing_moves_nothing():
