@@ -157,6 +157,20 @@ def _bounds(index: np.ndarray, size: int) -> np.ndarray:
 
 def check_indices(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> None:
     """Raises ValueError unless (rows, cols) are integers, in range, unique and sorted by column, then row."""
+    check_coordinates(rows, cols, grid)
+    step = np.diff(cols.astype(np.int64) * grid[0] + rows.astype(np.int64))
+    if (step <= 0).any():
+        k = int(np.argmax(step <= 0))
+        what = "duplicate" if step[k] == 0 else "unsorted"
+        raise ValueError(
+            f"{what} entries at positions {k} and {k + 1}: ({rows[k]}, {cols[k]}), "
+            f"({rows[k + 1]}, {cols[k + 1]}). Sort by column, then row: order = np.lexsort((rows, cols)); "
+            "the values must be put in the same order, and duplicates summed."
+        )
+
+
+def check_coordinates(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> None:
+    """Raises ValueError unless (rows, cols) are vectors of one length, of integers in range, in any order."""
     if rows.ndim != 1 or rows.shape != cols.shape:
         raise ValueError(f"rows and cols are vectors of one length, got {rows.shape} and {cols.shape}.")
     for name, index, size in (("row", rows, grid[0]), ("column", cols, grid[1])):
@@ -170,15 +184,6 @@ def check_indices(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> 
             )
     if rows.size > INT32_MAX:
         raise ValueError(f"{rows.size} entries are more than int32 can index ({INT32_MAX}).")
-    step = np.diff(cols.astype(np.int64) * grid[0] + rows.astype(np.int64))
-    if (step <= 0).any():
-        k = int(np.argmax(step <= 0))
-        what = "duplicate" if step[k] == 0 else "unsorted"
-        raise ValueError(
-            f"{what} entries at positions {k} and {k + 1}: ({rows[k]}, {cols[k]}), "
-            f"({rows[k + 1]}, {cols[k + 1]}). Sort by column, then row: order = np.lexsort((rows, cols)); "
-            "the values must be put in the same order, and duplicates summed."
-        )
 
 
 def lines_of(ptr: np.ndarray, lines: int, index: np.ndarray, values: Sized, what: str) -> np.ndarray:

@@ -235,11 +235,66 @@ def test_row_pointers_that_are_none_are_refused(format, name):
         back(matrix)
 
 
-def test_values_that_are_too_many_are_refused():
-    matrix = scipy.sparse.csr_array(CIRCLE)
-    matrix.data = np.ones(9)
-    with pytest.raises(ValueError, match="runs from 0 to 8, with 8 indices and 9 values"):
-        BlockPattern.from_scipy(matrix)
+def changed(format, **arrays):
+    """The matrix of CIRCLE, of blocks of (2, 3) in BSR, with other arrays in it."""
+    if format in ("BCOO", "BCSR"):
+        matrix = getattr(jsparse, format).fromdense(jnp.asarray(CIRCLE))
+    elif format == "bsr":
+        matrix = scipy.sparse.bsr_array(np.kron(CIRCLE, np.ones((2, 3))), blocksize=(2, 3))
+    else:
+        matrix = getattr(scipy.sparse, f"{format}_array")(CIRCLE)
+    for name, array in arrays.items():
+        setattr(matrix, name, array)
+    return matrix
+
+
+ONES, INDEX = np.ones(8), np.array([0, 1, 1, 2, 2, 3, 0, 3])
+PAIRS = np.stack([np.arange(8) // 2, INDEX], 1)
+MALFORMED = {  # format, arrays, and what is said of them
+    "csr, too many values": ("csr", {"data": np.ones(9)}, "runs from 0 to 8, with 8 indices and 9 values"),
+    "csr, too few indices": ("csr", {"indices": INDEX[:7]}, "with 7 indices and 8 values"),
+    "csr, an index below": ("csr", {"indices": INDEX - 1}, "column index -1 at position 0 is outside 0 to 3"),
+    "csr, an index beyond": ("csr", {"indices": INDEX + 2**32}, "column index 4294967296 at position 0"),
+    "csr, NaN for an index": ("csr", {"indices": np.full(8, np.nan)}, "column indices must be integers, got float64"),
+    "csr, values of two numbers": ("csr", {"data": np.ones((8, 2))}, r"8 entries .*values of shape \(8, 2\): one each"),
+    "csc, an index beyond": ("csc", {"indices": INDEX + 1}, "row index 4 at position 5"),
+    "bsr, an index beyond": ("bsr", {"indices": INDEX + 1}, "column index 4 at position 5"),
+    "bsr, values of entries": ("bsr", {"data": ONES}, r"values have shape \(8,\), and must be \[blocks, i, o\]"),
+    "bsr, blocks of nothing": ("bsr", {"data": np.ones((8, 0, 3))}, "blocks that divide its shape"),
+    "bsr, other blocks": ("bsr", {"data": np.ones((8, 3, 3))}, r"\(8, 3, 3\).*divide its shape \(8, 12\)"),
+    "coo, too many values": ("coo", {"data": np.ones(9)}, r"8 entries were given with values of shape \(9,\)"),
+    "coo, too few values": ("coo", {"data": np.ones(7)}, r"8 entries were given with values of shape \(7,\)"),
+    "coo, a column of values": ("coo", {"data": np.ones((8, 1))}, r"values of shape \(8, 1\)"),
+    "coo, too few columns": ("coo", {"coords": (INDEX, INDEX[:7])}, r"of one length, got \(8,\) and \(7,\)"),
+    "coo, an index below": ("coo", {"coords": (INDEX, INDEX - 1)}, "column index -1 at position 0"),
+    "coo, fractions": ("coo", {"coords": (INDEX + 0.5, INDEX)}, "row indices must be integers, got float64"),
+    "lil, values without columns": (
+        "lil",
+        {"rows": np.array([[0], [1], [2, 3], [3]], object)},
+        "row 0 of the LIL .*1 ",
+    ),
+    "BCOO, too many values": ("BCOO", {"data": np.ones(9)}, r"9 values, .*shape \(9, 2\), got \(8, 2\)"),
+    "BCOO, one index each": ("BCOO", {"indices": PAIRS[:, :1]}, r"shape \(8, 2\), got \(8, 1\)"),
+    "BCOO, an index below": ("BCOO", {"indices": PAIRS - 1}, "row index -1 at position 0"),
+    "BCOO, half a padding": ("BCOO", {"indices": np.where(PAIRS == 3, 4, PAIRS)}, "row index 4 at position 6"),
+    "BCSR, too many values": ("BCSR", {"data": np.ones(9)}, "8 indices and 9 values"),
+    "BCSR, too many indices": ("BCSR", {"indices": np.append(INDEX, 4)}, "9 indices and 8 values"),
+    "BCSR, an index below": ("BCSR", {"indices": INDEX - 1}, "column index -1"),
+    "BCSR, padding between": (
+        "BCSR",
+        {"indices": np.where(np.arange(8) == 2, 4, INDEX)},
+        "runs from 0 to 8, with 7 ind",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_arrays_that_are_no_matrix_are_refused(name):
+    format, arrays, message = MALFORMED[name]
+    back = getattr(BlockPattern, f"from_{format.lower()}" if format[0] == "B" else "from_scipy")
+    assert back(changed(format))[0].nnzb == 8
+    with pytest.raises(ValueError, match=message):
+        back(changed(format, **arrays))
 
 
 @pytest.mark.parametrize("format", ["csr", "csc", "coo", "lil", "dok", "dia", "bsr"])

@@ -27,8 +27,12 @@ def split(w: Tensor) -> tuple[BlockPattern, Tensor]:
     values, (out, size_in) = w.values().detach(), w.shape
     ptr, rows = (index.cpu().numpy() for index in (w.crow_indices(), w.col_indices()))
     block = (1, 1) if values.ndim == 1 else (values.shape[2], values.shape[1])
-    lines = -(-out // block[1])
-    cols = lines_of(ptr, lines, rows, values, f"crow_indices of the {w.layout} weight")
+    if 0 in block or size_in % block[0] or out % block[1]:
+        raise ValueError(
+            f"the sparse_bsr weight has values of shape {tuple(values.shape)}: blocks of {block[1]} x {block[0]} do "
+            f"not divide its shape {(out, size_in)}."
+        )
+    cols = lines_of(ptr, out // block[1], rows, values, f"crow_indices of the {w.layout} weight")
     pattern = BlockPattern.from_indices(rows, cols, shape=(size_in, out), block=block)
     return pattern, values.reshape(pattern.values_shape) if block == (1, 1) else values.mT
 
