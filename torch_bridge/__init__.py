@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch_bridge.module import FlaxModule, from_flax
     from torch_bridge.nn import BlockDiagLinear, BlockSparseLinear, SparseLinear
     from torch_bridge.patch import BlockSparseModelPatcher, sparsify
+    from torch_bridge.roles import parameter_groups
 
 __all__ = [
     "BlockDiagLinear",
@@ -30,6 +31,7 @@ __all__ = [
     "from_flax",
     "jax2torch",
     "jax_to_torch",
+    "parameter_groups",
     "sparsify",
     "torch_to_jax",
 ]
@@ -42,6 +44,7 @@ _HOMES = {
     **dict.fromkeys(("FlaxModule", "from_flax"), "module"),
     **dict.fromkeys(("BlockDiagLinear", "BlockSparseLinear", "SparseLinear"), "nn"),
     **dict.fromkeys(("BlockSparseModelPatcher", "sparsify"), "patch"),
+    "parameter_groups": "roles",
 }
 
 
