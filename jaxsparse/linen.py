@@ -29,8 +29,13 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxsparse import _arguments, _flax, ops
 from jaxsparse.formats import BlockPattern
 
-_kernel_init = nn.initializers.lecun_normal()
+_lecun_normal = nn.initializers.lecun_normal()
 _bias_init = nn.initializers.zeros_init()
+
+
+def _kernel_init(*args, **options) -> jax.Array:
+    """What `nn.Dense` draws, as a function that pickle finds by its name: so layers can be pickled."""
+    return _lecun_normal(*args, **options)
 
 
 class BlockDiagDense(nn.Module):
