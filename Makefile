@@ -7,7 +7,7 @@ TESTS ?= tests
 BIN := $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE = 1
 
-.PHONY: demo test check clean
+.PHONY: demo test check mutants clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.ready
@@ -23,6 +23,10 @@ check: $(VENV)/.ready
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright
+
+mutants: $(VENV)/.ready
+	@echo "mutants: faults planted in a copy, each with the test that must find it, some minutes"
+	@$(BIN)/python tools/mutants.py
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "setup: a virtual environment in $(VENV) with everything the project uses, a few minutes the first time"

@@ -345,3 +345,10 @@ def test_layers_are_pickled(name):
     layer, x = PICKLED[name], jnp.ones((1, 8))
     again = pickle.loads(pickle.dumps(layer))
     jax.tree.map(np.testing.assert_array_equal, again.init(KEY, x), layer.init(KEY, x))
+
+
+def test_what_lies_beyond_the_edge_starts_at_zero():
+    variables = LAYERS["block-sparse, ragged"].init(KEY, X)
+    kernel, inside = variables["params"]["kernel"], variables["pattern"]["pattern"].edge_mask()
+    assert 0 < inside.sum() < inside.size
+    np.testing.assert_array_equal(kernel != 0, inside)
