@@ -126,7 +126,7 @@ MUTANTS = [
         "jaxsparse/products/sparse.py",
         "    if transposed:  # (x^T dy)^T = dy^T x\n        x, dy = dy, x\n",
         "",
-        "tests/test_transforms.py",
+        "tests/test_parts.py::test_pieces_make_the_product_and_padding_gets_no_gradient",
     ),
     Mutant(
         "moving patterns: a place that is stored already may be drawn",
