@@ -112,7 +112,7 @@ MUTANTS = [
         "_kernels().spmm_backward(plain(x), dy, w, *how)\n"
         "        return dx, dw, db if is_wide or not for_bias else sum_of_rows(dy)",
         "_kernels().spmm_backward(plain(x), dy, w, *how)\n        return dx, dw, db",
-        "tests/test_bridge_products.py::test_only_the_gradients_that_are_wanted_are_computed_and_they_are_right",
+        "tests/test_bridge_products.py::test_the_bias_of_a_half_precision_product_gets_the_sum_of_its_cotangents",
     ),
     Mutant(
         "torch through JAX: complex cotangents are not conjugated",
