@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -q -n auto --dist loadgroup
 export PYTHONDONTWRITEBYTECODE = 1
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all check mutants clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.ready
@@ -29,6 +29,10 @@ check: $(VENV)/.ready
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright
+
+mutants: $(VENV)/.ready
+	@echo "mutants: faults planted in a copy, each with the test that must find it, some minutes"
+	@$(BIN)/python tools/mutants.py
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "setup: a virtual environment in $(VENV) with everything the project uses, a few minutes the first time"

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from jaxsparse.linen import BlockDiagDense, BlockSparseDense, SparseDense
     from jaxsparse.nnx import BlockDiagLinear, BlockSparseLinear, SparseLinear
     from jaxsparse.ops import block_diag_matmul, sddmm, spmm
+    from jaxsparse.roles import decay_mask
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "SparseDense",
     "SparseLinear",
     "block_diag_matmul",
+    "decay_mask",
     "sddmm",
     "spmm",
     "why_not",
@@ -28,6 +30,7 @@ __all__ = [
 # Resolved at first use: torch's layers need no JAX, and the products no Flax.
 _HOMES = {
     "BlockPattern": "jaxsparse.formats",
+    "decay_mask": "jaxsparse.roles",
     "why_not": "jaxsparse._backends",
     **dict.fromkeys(("block_diag_matmul", "sddmm", "spmm"), "jaxsparse.ops"),
     **dict.fromkeys(("BlockDiagDense", "BlockSparseDense", "SparseDense"), "jaxsparse.linen"),

@@ -31,32 +31,41 @@ def stored_columns(index: Index) -> Int[Array, " nnzb"]:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def stratified(key: jax.Array, grid: tuple[int, int], count: int) -> Index:
-    """`count` entries over a grid, equal columns to within one; a column of k draws one row from each of
-    k strata. The strata are equal to within one row, and a random phase per column moves the larger ones.
+    """`count` entries over a grid: every place is equally likely, and columns are equal to within one.
+
+    A column of k entries draws one row from each of k strata, which are equal to within one row, and a random amount
+    of its own rotates what it drew: of the strata alone, the smaller ones would make their rows likelier. Another
+    amount rotates the columns, so that each is as likely as any to be one of those that take one entry more.
     """
     rows, cols = grid
-    per, extra = divmod(count, cols)  # the first `extra` columns take one more
-    per_column = jnp.where(jnp.arange(cols, dtype=jnp.int32) < extra, per + 1, per)
-    start = jnp.arange(cols + 1, dtype=jnp.int32)
-    col_ptr = start * per + jnp.minimum(start, extra)
+    turn_key, row_key = jax.random.split(key)
+    turns = jax.random.randint(turn_key, (cols + 1,), 0, np.append(np.full(cols, rows), cols), jnp.int32)
+    turn, phase = turns[cols], turns[:cols]  # of the columns, and of the rows of each
+    per, extra = divmod(count, cols)  # `extra` columns take one more
+    per_column = per + (rotated(jnp.arange(cols, dtype=jnp.int32), turn, cols) < extra).astype(jnp.int32)
+    col_ptr = jnp.append(jnp.int32(0), jnp.cumsum(per_column, dtype=jnp.int32))
     entry = jnp.arange(count, dtype=jnp.int32)
-    first, rest = entry // (per + 1), extra + (entry - extra * (per + 1)) // max(per, 1)
-    entry_col = jnp.where(entry < extra * (per + 1), first, rest)
-    k = per_column[entry_col]
-    slot = entry - col_ptr[entry_col]
-    phase_key, row_key = jax.random.split(key)
-    phase = jax.random.randint(phase_key, (cols,), 0, jnp.maximum(per_column, 1), jnp.int32)[entry_col]
-    # floor((s * rows + phase) / k) without the product that overflows int32 first
-    if per < 2**16 - 1:
-        s, larger, phase, k32 = (a.astype(jnp.uint32) for a in (slot, rows % k, phase, k))
-        low, high = ((t * larger + phase) // k32 for t in (s, s + 1))
-    else:  # the larger strata come first
-        low, high = (jnp.minimum(t, rows % k) for t in (slot, slot + 1))
-    low, high = (t * (rows // k) + x.astype(jnp.int32) for t, x in ((slot, low), (slot + 1, high)))
-    row_index = jax.random.randint(row_key, (count,), low, high, jnp.int32)
+    turned = rotated(entry, turn * per + jnp.minimum(turn, extra), count)  # its number, were the longer columns first
+    longer = turned < extra * (per + 1)
+    turned_col = jnp.where(longer, turned // (per + 1), extra + (turned - extra * (per + 1)) // max(per, 1))
+    entry_col = rotated(turned_col, cols - turn, cols)
+    k, first = per_column[entry_col], col_ptr[entry_col]
+    size, larger = rows // k, rows % k  # the larger strata come first
+    slot = entry - first
+    low = slot * size + jnp.minimum(slot, larger)
+    drawn = jax.random.randint(row_key, (count,), low, low + size + (slot < larger), jnp.int32)
+    drawn_row = rotated(drawn, phase[entry_col], rows)
+    # Those that went past the end stand first in their column.
+    past = jnp.zeros(cols, jnp.int32).at[entry_col].add((drawn_row < drawn).astype(jnp.int32), indices_are_sorted=True)
+    row_index = drawn_row[first + rotated(slot, k - past[entry_col], k)]
     sorted_rows, order = jax.lax.sort_key_val(row_index, entry)
     row_ptr = jnp.searchsorted(sorted_rows, jnp.arange(rows + 1, dtype=jnp.int32)).astype(jnp.int32)
     return Index(col_ptr, row_index, row_ptr, entry_col[order], order)
+
+
+def rotated(number: Array, amount: Array, size: Array | int) -> Array:
+    """(number + amount) % size for a number below `size` and an amount up to it, without the sum that overflows."""
+    return jnp.where(number >= size - amount, number - (size - amount), number + amount)
 
 
 def from_sorted(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> Index:
@@ -148,6 +157,20 @@ def _bounds(index: np.ndarray, size: int) -> np.ndarray:
 
 def check_indices(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> None:
     """Raises ValueError unless (rows, cols) are integers, in range, unique and sorted by column, then row."""
+    check_coordinates(rows, cols, grid)
+    step = np.diff(cols.astype(np.int64) * grid[0] + rows.astype(np.int64))
+    if (step <= 0).any():
+        k = int(np.argmax(step <= 0))
+        what = "duplicate" if step[k] == 0 else "unsorted"
+        raise ValueError(
+            f"{what} entries at positions {k} and {k + 1}: ({rows[k]}, {cols[k]}), "
+            f"({rows[k + 1]}, {cols[k + 1]}). Sort by column, then row: order = np.lexsort((rows, cols)); "
+            "the values must be put in the same order, and duplicates summed."
+        )
+
+
+def check_coordinates(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> None:
+    """Raises ValueError unless (rows, cols) are vectors of one length, of integers in range, in any order."""
     if rows.ndim != 1 or rows.shape != cols.shape:
         raise ValueError(f"rows and cols are vectors of one length, got {rows.shape} and {cols.shape}.")
     for name, index, size in (("row", rows, grid[0]), ("column", cols, grid[1])):
@@ -161,15 +184,6 @@ def check_indices(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> 
             )
     if rows.size > INT32_MAX:
         raise ValueError(f"{rows.size} entries are more than int32 can index ({INT32_MAX}).")
-    step = np.diff(cols.astype(np.int64) * grid[0] + rows.astype(np.int64))
-    if (step <= 0).any():
-        k = int(np.argmax(step <= 0))
-        what = "duplicate" if step[k] == 0 else "unsorted"
-        raise ValueError(
-            f"{what} entries at positions {k} and {k + 1}: ({rows[k]}, {cols[k]}), "
-            f"({rows[k + 1]}, {cols[k + 1]}). Sort by column, then row: order = np.lexsort((rows, cols)); "
-            "the values must be put in the same order, and duplicates summed."
-        )
 
 
 def lines_of(ptr: np.ndarray, lines: int, index: np.ndarray, values: Sized, what: str) -> np.ndarray:

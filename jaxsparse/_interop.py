@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse._indices import Index, by_column, from_sorted, lines_of
+from jaxsparse import _indices
+from jaxsparse._indices import Index, from_sorted, lines_of
 from jaxsparse._sizes import INT32_MAX, check_sizes, grid_of
 from jaxsparse.formats import BlockPattern
 
@@ -18,9 +19,10 @@ def from_scipy(m):
     if not scipy.sparse.issparse(m) or m.ndim != 2:
         raise ValueError(f"from_scipy wants a two-dimensional SciPy sparse matrix, got {type(m).__name__}.")
     if m.format not in ("csr", "csc", "bsr"):
+        _check_lists(m)
         m = m.tocoo()
         return from_coordinates(m.row, m.col, m.data, m.shape, (1, 1))
-    is_by_column, block = m.format == "csc", m.blocksize if m.format == "bsr" else (1, 1)
+    is_by_column, block = m.format == "csc", _blocksize(m) if m.format == "bsr" else (1, 1)
     lines = m.shape[is_by_column] // block[is_by_column]
     line = lines_of(m.indptr, lines, m.indices, m.data, f"the {m.format.upper()} matrix's indptr")
     row, col = (m.indices, line) if is_by_column else (line, m.indices)
@@ -75,6 +77,11 @@ def to_scipy(pattern: BlockPattern, blocks):
 def from_bcoo(m):
     _check_plain(m, "BCOO")
     indices, data = np.asarray(m.indices), np.asarray(m.data)
+    if indices.shape != (len(data), 2):
+        raise ValueError(
+            f"the BCOO matrix has {len(data)} values, which take indices of shape ({len(data)}, 2), got "
+            f"{indices.shape}. Build the matrix anew, from the row and the column of every entry."
+        )
     padding = (indices == m.shape).all(1)  # how JAX fills up to a fixed `nse`
     row, col = indices[~padding].T
     return from_coordinates(row, col, data[~padding], m.shape, (1, 1))
@@ -91,9 +98,12 @@ def to_bcoo(pattern: BlockPattern, blocks):
 def from_bcsr(m):
     _check_plain(m, "BCSR")
     col, data = np.asarray(m.indices), np.asarray(m.data)
-    stored = len(col) - np.count_nonzero(
-        col == m.shape[1]
-    )  # JAX fills up to a fixed `nse` at the end, with this column
+    if len(col) != len(data):
+        raise ValueError(
+            f"the BCSR matrix has {len(col)} indices and {len(data)} values: there must be as many. Build the matrix "
+            "anew, from the row and the column of every entry."
+        )
+    stored = len(col) - np.count_nonzero(col == m.shape[1])  # JAX fills up to a fixed `nse` with this column
     col, data = col[:stored], data[:stored]
     row = lines_of(np.asarray(m.indptr), m.shape[0], col, data, "the BCSR matrix's indptr")
     return from_coordinates(row, col, data, m.shape, (1, 1))
@@ -110,16 +120,47 @@ def to_bcsr(pattern: BlockPattern, blocks):
 
 
 def from_coordinates(row, col, data, shape, block):
-    """Any order comes in; what stands twice is summed, and indices out of range are refused by `from_indices`."""
+    """(pattern, blocks) of entries in any order; what stands twice is summed.
+
+    Raises:
+      ValueError: for indices that are no integers or out of range, and unless there is one value, or block of values,
+        for each.
+    """
     row, col, data = np.asarray(row), np.asarray(col), np.asarray(data)
-    order = by_column(row, col, grid_of(shape, block))
+    shape, block = check_sizes(shape, block)
+    grid = grid_of(shape, block)
+    _indices.check_coordinates(row, col, grid)
+    if data.shape != (len(row), *block) and (block != (1, 1) or data.shape != (len(row),)):
+        what = "entries" if block == (1, 1) else f"blocks of {block}"
+        raise ValueError(f"{len(row)} {what} were given with values of shape {data.shape}: one each is needed.")
+    order = _indices.by_column(row, col, grid)
     row, col, data = row[order], col[order], data[order]
     again = (row[1:] == row[:-1]) & (col[1:] == col[:-1])
     if again.any():
         first = np.flatnonzero(np.concatenate([[True], ~again]))
         row, col, data = row[first], col[first], np.add.reduceat(data, first, axis=0, dtype=data.dtype)
-    pattern = BlockPattern.from_indices(row, col, shape=shape, block=block)
+    pattern = BlockPattern._of(_indices.from_sorted(row, col, grid), shape, block)
     return pattern, jnp.asarray(data.reshape(pattern.values_shape))
+
+
+def _blocksize(m) -> tuple[int, int]:
+    """That of a BSR matrix, which SciPy takes from the values as they are."""
+    if m.data.ndim != 3 or 0 in m.data.shape[1:] or m.shape[0] % m.data.shape[1] or m.shape[1] % m.data.shape[2]:
+        raise ValueError(
+            f"the BSR matrix's values have shape {m.data.shape}, and must be [blocks, i, o] with blocks that divide "
+            f"its shape {m.shape}."
+        )
+    return m.data.shape[1:]
+
+
+def _check_lists(m) -> None:
+    """Raises ValueError for a LIL matrix with columns and values that don't pair: SciPy would read beyond them."""
+    if m.format == "lil":
+        lengths = [(len(row), len(data)) for row, data in zip(m.rows, m.data, strict=True)]
+        wrong = next((k for k, (columns, values) in enumerate(lengths) if columns != values), None)
+        if wrong is not None:
+            columns, values = lengths[wrong]
+            raise ValueError(f"row {wrong} of the LIL matrix has {columns} columns and {values} values.")
 
 
 def _check_plain(m, name: str) -> None:

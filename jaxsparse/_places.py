@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, UInt
 
 from jaxsparse import _select
-from jaxsparse._indices import Index
+from jaxsparse._indices import Index, rotated
 from jaxsparse.formats import BlockPattern
 
 NOWHERE = np.uint32(2**32 - 1)  # what pads a list of places: behind all others
@@ -82,7 +82,7 @@ def draw_others(
     low = slot * run + jnp.minimum(slot, longer)
     number = jax.random.randint(draw_key, (capacity,), low, low + run + (slot < longer), jnp.uint32)
     phase = jax.random.randint(phase_key, (), 0, jnp.maximum(free, 1), jnp.uint32)
-    number = jnp.where(number >= free - phase, number - (free - phase), number + phase)
+    number = rotated(number, phase, free)
     # The place of free number n is n plus the taken places before it: those with (place - its rank) <= n.
     entry = jnp.arange(taken.size, dtype=jnp.uint32)
     free_before = jnp.where(entry < taken_count, taken - entry, NOWHERE)

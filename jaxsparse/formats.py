@@ -141,10 +141,10 @@ class BlockPattern:
     ) -> BlockPattern:
         """A random pattern of exactly `round(density * grid_in * grid_out)` blocks.
 
-        Output columns get equal counts, to within one. A column with k entries takes one input from
-        each of k equal strata, so that no input is left far behind. Time and memory are O(nnz), nothing
-        depends on the key's value but the indices, so `jit`, `vmap` over keys and `eval_shape` work,
-        and the result is the same jitted or not.
+        Every place of the grid is equally likely. Output columns get equal counts, to within one. A column
+        with k entries takes one input from each of k equal strata, which a random amount rotates, so that its
+        inputs are spread out. Time and memory are O(nnz), nothing depends on the key's value but the indices,
+        so `jit`, `vmap` over keys and `eval_shape` work, and the result is the same jitted or not.
 
         Args:
           key: a JAX PRNG key.

@@ -29,8 +29,13 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxsparse import _arguments, _flax, ops
 from jaxsparse.formats import BlockPattern
 
-_kernel_init = nn.initializers.lecun_normal()
+_lecun_normal = nn.initializers.lecun_normal()
 _bias_init = nn.initializers.zeros_init()
+
+
+def _kernel_init(*args, **options) -> jax.Array:
+    """What `nn.Dense` draws, as a function that pickle finds by its name: so layers can be pickled."""
+    return _lecun_normal(*args, **options)
 
 
 class BlockDiagDense(nn.Module):
@@ -47,6 +52,8 @@ class BlockDiagDense(nn.Module):
         `kernel_init` sees is that of one block.
       activation: "relu", "gelu", "silu" or a function, applied last.
       backend: a back end by name; None picks the best.
+
+    The kernel has three dimensions: docs/optimizers.md says what Muon makes of it.
 
     Raises ValueError if `num_blocks` does not divide the inputs or `features`.
     """
@@ -94,6 +101,8 @@ class BlockSparseDense(nn.Module):
       backend: a back end by name; None picks the best.
       seed: another one gives another random pattern, to all layers at this path.
 
+    The kernel has three dimensions: docs/optimizers.md says what Muon makes of it.
+
     Raises ValueError if none or several of the three are given, if they are of another shape, or if the density keeps
     nothing. A mask or pattern with nothing in it is taken as it is.
     """
@@ -133,6 +142,8 @@ class SparseDense(nn.Module):
         a static argument or a key, give the pattern instead, BlockPattern.from_mask(mask).
       use_bias, dtype, param_dtype, precision, kernel_init, bias_init, activation, backend, seed: as in
         `BlockSparseDense`.
+
+    The kernel has one dimension, which many training scripts exempt from weight decay: use `jaxsparse.decay_mask`.
 
     Raises ValueError if none or several of the three are given, if they are of another shape, or if the density keeps
     nothing. A mask or pattern with nothing in it is taken as it is.

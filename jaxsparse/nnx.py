@@ -186,6 +186,8 @@ class BlockSparseLinear(nnx.Module):
 class SparseLinear(BlockSparseLinear):
     """`BlockSparseLinear` with a block of (1, 1): single entries exist, and `kernel` is [nnz].
 
+    The kernel has one dimension, which many training scripts exempt from weight decay: use `jaxsparse.decay_mask`.
+
     Args: as for `BlockSparseLinear`, without `block`.
     """
 

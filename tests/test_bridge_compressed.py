@@ -89,6 +89,19 @@ def test_row_pointers_that_are_none_are_refused(name, block):
         BlockSparseLinear.from_sparse(bad)
 
 
+def test_columns_and_blocks_outside_of_the_matrix_are_refused():
+    csr, bsr = weight().to_sparse_csr(), weight().to_sparse_bsr((8, 4))
+    far = torch.sparse_csr_tensor(
+        csr.crow_indices(), csr.col_indices() + 1000, csr.values(), csr.shape, check_invariants=False
+    )
+    with pytest.raises(ValueError, match="row index 10.. at position 0 is outside"):
+        SparseLinear.from_sparse(far)
+    ragged = (bsr.shape[0] - 1, bsr.shape[1])
+    parts = bsr.crow_indices(), bsr.col_indices(), bsr.values()
+    with pytest.raises(ValueError, match=r"blocks of 8 x 4 do not divide its shape"):
+        BlockSparseLinear.from_sparse(torch.sparse_bsr_tensor(*parts, ragged, check_invariants=False))
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(
         ValueError, match="strided tensor of 2 dimensions, and must be sparse_csr, sparse_bsr or another"

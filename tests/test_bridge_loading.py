@@ -315,7 +315,6 @@ def test_models_from_the_meta_device_load_by_every_way(tmp_path):
         assert_same(model, source)
 
 
-@pytest.mark.filterwarnings("ignore")  # the library's own
 def test_accelerate_loads_shards_and_empty_models(tmp_path):
     accelerate = pytest.importorskip("accelerate")
     source = make(0)
@@ -331,7 +330,6 @@ def test_accelerate_loads_shards_and_empty_models(tmp_path):
         assert_same(model, source)
 
 
-@pytest.mark.filterwarnings("ignore")  # the library's own
 def test_transformers_loads_a_model_and_one_without_patterns_is_refused(tmp_path):
     transformers = pytest.importorskip("transformers")
 

@@ -163,6 +163,15 @@ def test_only_the_gradients_that_are_wanted_are_computed_and_they_are_right(make
         torch.testing.assert_close(got, want)
 
 
+@each_matrix
+def test_the_bias_of_a_half_precision_product_gets_the_sum_of_its_cotangents(make):
+    matrix, _, *operands, dy = problem(make, False, torch.bfloat16)
+    x, w, bias = (t.detach() for t in operands)
+    y = products.multiply(matrix, x, w, bias.requires_grad_())
+    (db,) = torch.autograd.grad(y, [bias], dy.detach())
+    torch.testing.assert_close(db, dy.detach().double().flatten(0, -2).sum(0).bfloat16())
+
+
 def ours_and_dense(make):
     matrix, dense, x, w, bias, _ = problem(make, False, batch=(5,))
     return (

@@ -180,7 +180,6 @@ class Regression(torch.nn.Module):
         return {"loss": (y - labels).square().mean(), "logits": y}
 
 
-@pytest.mark.filterwarnings("ignore")  # the library's own
 def test_transformers_trainer_trains_and_resumes(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")

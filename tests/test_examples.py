@@ -206,7 +206,7 @@ def test_the_small_gpt_runs_with_every_mlp(tmp_path):
     assert [name for name, *_ in found] == ["dense", "block-sparse", "block-sparse, wide", "block-diagonal, wide"]
     dense, small, wide, diagonal = (int(of_mlps.replace(",", "")) for *_, of_mlps in found)
     assert 4 * small == dense == wide == diagonal
-    assert all(float(bits) < 9 for _, bits, *_ in found)
+    assert all(float(bits) < 6 for _, bits, *_ in found)  # 8 without having learned anything
 
 
 PROCESSES = ["--width", 160, "--batch", 64, "--steps", 8, "--save-every", 3]

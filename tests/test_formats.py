@@ -1,15 +1,15 @@
 """Patterns: exact counts, valid indices, edges, conversions, and what the constructors refuse."""
 
-import time
+import sys
 
+import evenness
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.sparse
-from jax.experimental import sparse as jsparse
 
-from jaxsparse import BlockPattern, reference, spmm, testing
+from jaxsparse import BlockPattern, reference, testing
 
 KEY = jax.random.key(0)
 
@@ -56,6 +56,37 @@ def test_random_reaches_every_input_about_equally(density):
     assert 0.7 < share.min() and share.max() < 1.4
 
 
+@pytest.mark.parametrize("grid, count", evenness.GRIDS, ids=str)
+def test_every_place_is_equally_likely(grid, count):
+    shape, density = (2 * grid[0] - 1, 3 * grid[1] - 1), count / (grid[0] * grid[1])  # ragged in both directions
+
+    @jax.jit
+    @jax.vmap
+    def drawn(key):
+        pattern = BlockPattern.random(key, shape, density=density, block=(2, 3))
+        return jnp.zeros(grid, bool).at[pattern.rows, pattern.cols].set(True)
+
+    for seed in range(3):
+        marked = np.asarray(drawn(jax.random.split(jax.random.key(seed), 10_000)))
+        evenness.assert_equally_likely(marked.reshape(10_000, -1), count)
+
+
+def test_strata_alone_are_found_uneven():
+    rng = np.random.default_rng(0)
+    marked = np.zeros((10_000, 5), bool)
+    for low, high in ((0, 3), (3, 5)):
+        marked[np.arange(10_000), rng.integers(low, high, 10_000)] = True
+    with pytest.raises(AssertionError, match="squared deviations"):
+        evenness.assert_equally_likely(marked, 2)
+
+
+def test_the_inputs_of_a_column_are_spread_out():
+    pattern = BlockPattern.random(KEY, (60, 40), density=0.1)
+    rows = np.asarray(pattern.row_index).reshape(40, 6)
+    for column in rows:  # some rotation puts one row into each of the six strata
+        assert any((np.sort((column + turn) % 60 // 10) == np.arange(6)).all() for turn in range(10))
+
+
 def test_random_is_the_same_jitted_or_not_and_traceable():
     make = lambda key: BlockPattern.random(key, (100, 90), density=0.3, block=8)  # noqa: E731
     eager, jitted, abstract = make(KEY), jax.jit(make)(KEY), jax.eval_shape(make, KEY)
@@ -81,11 +112,38 @@ def test_a_large_pattern_takes_little_memory():
     assert memory.temp_size_in_bytes < 4 * result  # a matrix of random numbers would be 67 MB of 20 MB
 
 
-def test_a_large_pattern_is_built_without_a_loop_over_entries():
-    start = time.process_time()
-    pattern = BlockPattern.random(KEY, (4096, 4096), density=0.1)
-    BlockPattern.from_indices(pattern.rows, pattern.cols, shape=(4096, 4096))
-    assert time.process_time() - start < 60  # a guard against Python loops, not a measure: it takes about 2 s
+def lines_run(make):
+    """How many lines of Python `make` runs."""
+    count = 0
+
+    def trace(frame, event, arg):
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        make()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_a_pattern_is_built_without_a_loop_over_its_entries_or_rows():
+    def constructed(size):
+        pattern = BlockPattern.random(KEY, (size, size), density=0.5)
+        rows, cols, mask = (np.asarray(a) for a in (pattern.rows, pattern.cols, pattern.to_mask()))
+        return [
+            lambda: BlockPattern.random(KEY, (size, size), density=0.5),
+            lambda: BlockPattern.from_indices(rows, cols, shape=(size, size)),
+            lambda: BlockPattern.from_mask(mask),
+            lambda: BlockPattern.from_scipy(scipy.sparse.coo_array(mask)),
+        ]
+
+    for small, large in zip(constructed(16), constructed(256), strict=True):
+        small(), large()  # compiled
+        assert abs(lines_run(large) - lines_run(small)) < 128  # of rows there are 240 more
 
 
 def test_transposing_moves_nothing():
@@ -129,88 +187,6 @@ def test_banded_block_diagonal_and_union():
     np.testing.assert_array_equal(diagonal.to_mask(), np.kron(np.eye(3), np.ones((2, 4))) > 0)
     a, b = (BlockPattern.random(jax.random.key(s), (30, 20), density=0.2, block=4) for s in (0, 1))
     np.testing.assert_array_equal(a.union(b).to_mask(), np.asarray(a.to_mask()) | np.asarray(b.to_mask()))
-
-
-@pytest.mark.parametrize("name", ["wide unstructured", "tall blocks of 32x16", "odd blocks of 7x5"])
-def test_other_libraries_matrices_round_trip(name):
-    case = next(c for c in testing.CASES if c.name == name)
-    _, blocks, _, _ = testing.inputs(case, case.pattern, jnp.float32)
-    for pattern in (case.pattern, case.pattern.T):
-        dense = reference.densify(blocks, pattern)
-        for to, back in (("to_scipy", "from_scipy"), ("to_bcoo", "from_bcoo"), ("to_bcsr", "from_bcsr")):
-            matrix = getattr(pattern, to)(blocks)
-            array = matrix.toarray() if to == "to_scipy" else np.asarray(matrix.todense())
-            np.testing.assert_array_equal(array, dense)
-            again, values = getattr(BlockPattern, back)(matrix)
-            np.testing.assert_array_equal(reference.densify(values, again), dense)
-
-
-FALLS = {  # what is done to the row pointers [0, 2, 4, 6, 8] of a matrix, and what is said
-    "falls": ([0, 5, 4, 6, 8], "falls from 5 to 4 at position 2"),
-    "falls below zero": ([0, 2, -1, 6, 8], "falls from 2 to -1 at position 2"),
-    "starts late": ([1, 2, 4, 6, 8], "runs from 1 to 8, with 8 indices and 8 values"),
-    "ends early": ([0, 2, 4, 6, 7], "runs from 0 to 7, with 8 indices"),
-    "ends late": ([0, 2, 4, 6, 9], "runs from 0 to 9, with 8 indices"),
-    "is short": ([0, 2, 4, 8], r"shape \(4,\), but 4 lines need 5 integers"),
-    "is long": ([0, 2, 4, 6, 8, 8], r"shape \(6,\), but 4 lines need 5 integers"),
-    "is of floats": ([0.0, 2.0, 4.0, 6.0, 8.0], "float64 of shape"),
-}
-CIRCLE = np.eye(4) + np.roll(np.eye(4), 1, axis=1)  # two entries in every row and column
-
-
-@pytest.mark.parametrize("format", ["csr", "csc", "bsr", "bcsr"])
-@pytest.mark.parametrize("name", FALLS)
-def test_row_pointers_that_are_none_are_refused(format, name):
-    ptr, message = FALLS[name]
-    if format == "bcsr":
-        matrix, back = jsparse.BCSR.fromdense(jnp.asarray(CIRCLE)), BlockPattern.from_bcsr
-        assert back(matrix)[0].nnzb == 8
-        matrix.indptr = np.asarray(ptr)
-    else:
-        size = {"blocksize": (2, 3)} if format == "bsr" else {}
-        dense = np.kron(CIRCLE, np.ones((2, 3))) if size else CIRCLE
-        matrix, back = getattr(scipy.sparse, f"{format}_array")(dense, **size), BlockPattern.from_scipy
-        assert back(matrix)[0].nnzb == 8
-        matrix.indptr = np.asarray(ptr)
-    with pytest.raises(ValueError, match=f"the {format.upper()} matrix's indptr .*{message}"):
-        back(matrix)
-
-
-def test_values_that_are_too_many_are_refused():
-    matrix = scipy.sparse.csr_array(CIRCLE)
-    matrix.data = np.ones(9)
-    with pytest.raises(ValueError, match="runs from 0 to 8, with 8 indices and 9 values"):
-        BlockPattern.from_scipy(matrix)
-
-
-@pytest.mark.parametrize("format", ["csr", "csc", "coo", "lil", "dok", "dia", "bsr"])
-def test_every_format_of_scipy_is_read(format):
-    matrix = getattr(scipy.sparse, f"{format}_array")(CIRCLE)
-    pattern, values = BlockPattern.from_scipy(matrix)
-    np.testing.assert_array_equal(pattern.to_dense(values), CIRCLE)
-
-
-def test_blocks_of_one_entry_have_the_values_of_entries():
-    pattern, values = BlockPattern.from_scipy(scipy.sparse.csr_array(CIRCLE).tobsr((1, 1)))
-    assert (pattern.block, values.shape, pattern.values_shape) == ((1, 1), (8,), (8,))
-    np.testing.assert_allclose(spmm(jnp.eye(4), values, pattern), CIRCLE)
-
-
-def test_the_padding_of_jaxs_matrices_is_left_out():
-    for kind, back in ((jsparse.BCOO, BlockPattern.from_bcoo), (jsparse.BCSR, BlockPattern.from_bcsr)):
-        for spare in (0, 1, 7):
-            pattern, values = back(kind.fromdense(jnp.asarray(CIRCLE), nse=8 + spare))
-            assert pattern.nnzb == 8
-            np.testing.assert_array_equal(pattern.to_dense(values), CIRCLE)
-    half = jsparse.BCOO((jnp.ones(1), jnp.array([[4, 1]])), shape=(4, 4))
-    with pytest.raises(ValueError, match="row index 4 .*outside 0 to 3"):
-        BlockPattern.from_bcoo(half)
-
-
-def test_an_unsorted_scipy_matrix_is_sorted_with_its_values():
-    matrix = scipy.sparse.coo_array(([1.0, 2.0, 3.0], ([2, 0, 1], [1, 1, 0])), shape=(3, 2))
-    pattern, values = BlockPattern.from_scipy(matrix)
-    np.testing.assert_array_equal(pattern.to_dense(values), matrix.toarray())
 
 
 @pytest.mark.parametrize("block", [1, (8, 16)])
@@ -279,40 +255,6 @@ def test_bad_input_raises_with_the_numbers(name):
     make, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         make()
-
-
-@pytest.mark.parametrize("kind", ["coo", "csr", "csc", "bsr", "BCOO", "BCSR"])
-def test_what_stands_twice_is_summed(kind):
-    values, rows, cols = np.array([1.0, 2.0, 4.0, 8.0], np.float32), np.array([0, 0, 2, 0]), np.array([1, 1, 0, 0])
-    want = np.array([[8, 3, 0], [0, 0, 0], [4, 0, 0]], np.float32)
-    if kind == "coo":
-        pattern, blocks = BlockPattern.from_scipy(scipy.sparse.coo_array((values, (rows, cols)), shape=(3, 3)))
-    elif kind == "csr":
-        raw = (values[[0, 1, 3, 2]], cols[[0, 1, 3, 2]], [0, 3, 3, 4])
-        pattern, blocks = BlockPattern.from_scipy(scipy.sparse.csr_array(raw, shape=(3, 3)))
-    elif kind == "csc":
-        raw = (values[[2, 3, 0, 1]], rows[[2, 3, 0, 1]], [0, 2, 4, 4])
-        pattern, blocks = BlockPattern.from_scipy(scipy.sparse.csc_array(raw, shape=(3, 3)))
-    elif kind == "bsr":
-        blocks = np.kron(values[[0, 1, 3, 2], None, None], np.ones((1, 2, 2), np.float32))
-        raw, want = (blocks, cols[[0, 1, 3, 2]], [0, 3, 3, 4]), np.kron(want, np.ones((2, 2), np.float32))
-        pattern, blocks = BlockPattern.from_scipy(scipy.sparse.bsr_array(raw, shape=(6, 6)))
-    elif kind == "BCOO":
-        raw = (jnp.asarray(values), jnp.stack([jnp.asarray(rows), jnp.asarray(cols)], 1))
-        pattern, blocks = BlockPattern.from_bcoo(jsparse.BCOO(raw, shape=(3, 3)))
-    else:
-        raw = (jnp.asarray(values[[0, 1, 3, 2]]), jnp.asarray(cols[[0, 1, 3, 2]]), jnp.asarray([0, 3, 3, 4]))
-        pattern, blocks = BlockPattern.from_bcsr(jsparse.BCSR(raw, shape=(3, 3)))
-    assert pattern.nnzb == 3
-    np.testing.assert_array_equal(pattern.to_dense(blocks), want)
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_values_that_scipy_has_no_matrices_of_are_refused_by_their_dtype(dtype):
-    for block in (1, 2):
-        pattern = BlockPattern.banded((4, 4), 0, block)
-        with pytest.raises(ValueError, match=rf"no matrices of {dtype.__name__}.*astype"):
-            pattern.to_scipy(jnp.ones(pattern.values_shape, dtype))
 
 
 @pytest.mark.parametrize("size", [2**16, 2**16 + 1, 3 * 2**16])

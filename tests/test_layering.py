@@ -22,6 +22,7 @@ TABLE = {
         "jaxsparse.ops",
         "jaxsparse.linen",
         "jaxsparse.nnx",
+        "jaxsparse.roles",
     },
     "jaxsparse/_sizes.py": set(),
     "jaxsparse/_arguments.py": {"jaxsparse.formats"},
@@ -45,6 +46,7 @@ TABLE = {
     "jaxsparse/_flax.py": NUMERIC | {"flax", "jaxsparse._arguments", "jaxsparse.formats", "jaxsparse._states"},
     "jaxsparse/linen.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},
     "jaxsparse/nnx.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},
+    "jaxsparse/roles.py": {"jax", "jaxsparse.formats"},
     "jaxsparse/_rules.py": {"jaxsparse._sizes"},
     "jaxsparse/_densify.py": NUMERIC
     | {"flax", "jaxsparse.formats", "jaxsparse.linen", "jaxsparse.nnx", "jaxsparse._xla"},
@@ -76,7 +78,7 @@ TABLE = {
 PACKAGES = {"jaxsparse", "torch_bridge"}
 FOREIGN = {"torch", "jax", "numpy", "flax"}
 BRIDGE = {
-    "__init__.py": {"_errors", "dlpack", "function", "module", "nn", "torch_ops", "patch"},
+    "__init__.py": {"_errors", "dlpack", "function", "module", "nn", "torch_ops", "patch", "roles"},
     "_compressed.py": {"dlpack"},
     "_dense.py": set(),
     "_linear.py": {"_dense", "_watch"},
@@ -97,6 +99,7 @@ BRIDGE = {
     "_product.py": {"_handles", "_in_jax", "_views", "_whole", "compile", "function"},
     "_whole.py": set(),
     "checkpoint.py": set(),
+    "roles.py": {"nn"},
     "dlpack.py": {"_errors", "_process", "_views", "_watch"},
     "flat_op.py": set(),
     "abstract.py": {"_errors", "_watch"},

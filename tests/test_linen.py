@@ -1,6 +1,7 @@
 """Linen layers: as nn.Dense where they are dense, patterns through every lift, checkpoints into a fresh model."""
 
 import gc
+import pickle
 
 import flax.linen as nn
 import flax.serialization
@@ -13,7 +14,7 @@ import pytest
 
 import jaxsparse
 import jaxsparse.surgery
-from jaxsparse import BlockPattern, testing
+from jaxsparse import BlockDiagDense, BlockPattern, BlockSparseDense, SparseDense, testing
 
 KEY = jax.random.key(0)
 X = testing.normal(0, (6, 96), jnp.float32)
@@ -53,8 +54,8 @@ def test_one_block_or_density_1_is_nn_dense(name):
         variables = sparse.init(KEY, x)
         params = dense_params(sparse, variables)
         want, got = dense.apply({"params": params}, x), sparse.apply(variables, x)
-        assert (got.shape, got.dtype) == (want.shape, want.dtype)
-        np.testing.assert_allclose(got, want, rtol=2e-2 if got.dtype == jnp.bfloat16 else 1e-5, atol=1e-2)
+        truth = np.asarray(x, np.float64) @ np.asarray(params["kernel"], np.float64) + np.asarray(params["bias"])
+        testing.assert_as_close_as_dense(got, truth, want)
     if "one" in name:  # the same key draws the same kernel
         np.testing.assert_array_equal(params["kernel"], dense.init(KEY, x)["params"]["kernel"])
 
@@ -142,7 +143,7 @@ def stack(**split):
     return nn.scan(Step, variable_axes=axes, split_rngs={"params": True, **split}, length=3)()
 
 
-PINNED = [5, 18, 19, 36, 40, 54, 65, 67]
+PINNED = [6, 17, 28, 33, 47, 51, 68, 71]
 MODELS = {
     "a layer": jaxsparse.SparseDense(64, 0.1),
     "a layer with a seed": jaxsparse.BlockSparseDense(64, 0.3, 16, seed=3),
@@ -255,7 +256,7 @@ def test_a_pattern_of_another_shape_is_refused(name, tmp_path):
         flax.serialization.from_state_dict(pattern, {})
 
 
-@pytest.mark.filterwarnings("ignore")  # Orbax leaves coroutines behind when it refuses
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")  # Orbax's, when it refuses
 @pytest.mark.parametrize("name", OTHERS)
 def test_orbax_refuses_a_pattern_of_another_shape(name, tmp_path):
     pattern = BlockPattern.random(KEY, (96, 64), density=0.3, block=16)
@@ -329,3 +330,25 @@ def test_a_loaded_pattern_of_another_matrix_is_refused_at_the_call():
     variables = LAYERS["block-sparse"].init(KEY, X)
     with pytest.raises(ValueError, match="maps 80 features"):
         LAYERS["block-sparse"].apply(variables, X[:, :80])
+
+
+PICKLED = {
+    "entries": SparseDense(8, 0.5, activation="gelu"),
+    "blocks": BlockSparseDense(8, pattern=BlockPattern.banded((8, 8), 1, 4)),
+    "diagonal": BlockDiagDense(8, 2),
+    "a model": nn.Sequential([SparseDense(8, mask=np.eye(8)), nn.LayerNorm()]),
+}
+
+
+@pytest.mark.parametrize("name", PICKLED)
+def test_layers_are_pickled(name):
+    layer, x = PICKLED[name], jnp.ones((1, 8))
+    again = pickle.loads(pickle.dumps(layer))
+    jax.tree.map(np.testing.assert_array_equal, again.init(KEY, x), layer.init(KEY, x))
+
+
+def test_what_lies_beyond_the_edge_starts_at_zero():
+    variables = LAYERS["block-sparse, ragged"].init(KEY, X)
+    kernel, inside = variables["params"]["kernel"], variables["pattern"]["pattern"].edge_mask()
+    assert 0 < inside.sum() < inside.size
+    np.testing.assert_array_equal(kernel != 0, inside)

@@ -221,3 +221,10 @@ def test_bad_arguments_raise_with_the_numbers(name):
 def test_sparse_linear_takes_no_block():
     with pytest.raises(TypeError, match="takes no block"):
         jaxsparse.SparseLinear(96, 64, density=0.1, block=4, rngs=nnx.Rngs(0))
+
+
+def test_what_lies_beyond_the_edge_starts_at_zero():
+    layer = jaxsparse.BlockSparseLinear(96, 50, density=0.5, block=(20, 15), rngs=nnx.Rngs(0))
+    inside = layer.pattern.get_value().edge_mask()
+    assert 0 < inside.sum() < inside.size
+    np.testing.assert_array_equal(layer.kernel[...] != 0, inside)

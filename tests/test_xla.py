@@ -1,11 +1,13 @@
 """The XLA back end's own promises: both unstructured ways agree, long columns don't make the others wait."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsparse import BlockPattern, _xla, testing
+from jaxsparse import BlockPattern, _xla, block_diag_matmul, sddmm, spmm, testing, why_not
 
 MASK = np.random.default_rng(0).random((200, 300)) < 0.1
 
@@ -74,5 +76,15 @@ def test_bias_and_activation_round_once_in_half_precision(activation):
     assert got.dtype == jnp.bfloat16
 
 
-def test_it_runs_everything():
-    assert _xla.why_not("spmm", jnp.float16, (1, 1), "cpu") is None
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+def test_every_product_is_lowered_for_every_platform(platform):
+    entries = BlockPattern.random(jax.random.key(0), (24, 16), density=0.3)
+    x, dy, blocks = jnp.ones((4, 24), jnp.float16), jnp.ones((4, 16), jnp.float16), jnp.ones((2, 12, 8), jnp.float16)
+    for f, *operands in (
+        (spmm, x, jnp.ones(entries.values_shape, jnp.float16), entries),
+        (sddmm, x, dy, entries),
+        (block_diag_matmul, x, blocks),
+    ):
+        assert why_not("xla", f.__name__, jnp.float16, (1, 1), platform) is None
+        traced = jax.jit(functools.partial(f, backend="xla")).trace(*operands)
+        assert "custom_call" not in traced.lower(lowering_platforms=(platform,)).as_text()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch_bridge.module import FlaxModule, from_flax
     from torch_bridge.nn import BlockDiagLinear, BlockSparseLinear, SparseLinear
     from torch_bridge.patch import BlockSparseModelPatcher, densify, sparsify
+    from torch_bridge.roles import parameter_groups
 
 __all__ = [
     "BlockDiagLinear",
@@ -31,6 +32,7 @@ __all__ = [
     "from_flax",
     "jax2torch",
     "jax_to_torch",
+    "parameter_groups",
     "sparsify",
     "torch_to_jax",
 ]
@@ -43,6 +45,7 @@ _HOMES = {
     **dict.fromkeys(("FlaxModule", "from_flax"), "module"),
     **dict.fromkeys(("BlockDiagLinear", "BlockSparseLinear", "SparseLinear"), "nn"),
     **dict.fromkeys(("BlockSparseModelPatcher", "densify", "sparsify"), "patch"),
+    "parameter_groups": "roles",
 }
 
 

@@ -10,20 +10,23 @@ from torch import Tensor
 def random_index(grid: tuple[int, int], count: int) -> tuple[Tensor, ...]:
     """The five int32 arrays of a pattern of `count` entries, as `BlockPattern.random` draws them.
 
-    Columns are equal to within one. A column of k entries draws one row from each of k strata, which are equal to
-    within one row; a random phase for each column moves the larger ones. NumPy computes all but the random numbers: of
-    torch's operators each would wait for all of its threads.
+    Every place is equally likely, and columns are equal to within one. A column of k entries draws one row from each
+    of k strata, which are equal to within one row, and a random amount of its own rotates what it drew; another rotates
+    the columns, of which the first would have one entry more. NumPy computes all but the random numbers: of torch's
+    operators each would wait for all of its threads.
     """
     rows, cols = grid
     per, extra = divmod(count, cols)
-    per_column = np.full(cols, per)
-    per_column[:extra] += 1
+    per_column = per + ((np.arange(cols) + _below(np.array(cols))) % cols < extra)
     col_ptr = _pointers(per_column)
     k, column = (np.repeat(a, per_column) for a in (per_column, np.arange(cols)))
-    slot = np.arange(count) - col_ptr[column]
-    phase = _below(np.maximum(per_column, 1))[column]
-    low, high = ((s * rows + phase) // k for s in (slot, slot + 1))
-    return index_of(low + _below(high - low), column, grid)
+    first = col_ptr[column]
+    slot = np.arange(count) - first
+    low, high = (s * rows // k for s in (slot, slot + 1))
+    drawn = low + _below(high - low)
+    row = (drawn + _below(np.full(cols, rows))[column]) % rows
+    past = np.bincount(column[row < drawn], minlength=cols)  # went past the end, and stand first in their column
+    return index_of(row[first + (slot - past[column]) % k], column, grid)
 
 
 def index_of(row: np.ndarray, column: np.ndarray, grid: tuple[int, int]) -> tuple[Tensor, ...]:

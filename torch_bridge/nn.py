@@ -343,6 +343,9 @@ class BlockSparseLinear(nn.Module):
 class SparseLinear(BlockSparseLinear):
     """`BlockSparseLinear` with a block of (1, 1): single entries exist, and `weight` is [nnz].
 
+    The weight has one dimension, which many training scripts exempt from weight decay: use
+    `torch_bridge.parameter_groups`.
+
     Args: as for `BlockSparseLinear`, without `block`.
     """
 

@@ -52,6 +52,11 @@ def place(w: Any) -> Placed:
         if values.ndim != (1 if layout in ("sparse_csr", "sparse_csc") else 3):
             raise ValueError(f"the torch.{layout} weight has values of shape {tuple(values.shape)}: no plain matrix.")
         block = (1, 1) if values.ndim == 1 else (int(values.shape[2]), int(values.shape[1]))
+        if 0 in block or size_in % block[0] or out % block[1]:
+            raise ValueError(
+                f"the torch.{layout} weight has values of shape {tuple(values.shape)}: blocks of {block[1]} x "
+                f"{block[0]} do not divide its shape {(out, size_in)}."
+            )
         rows, cols = _compressed(w, layout, values, block, grid_of((size_in, out), block))
     grid = grid_of((size_in, out), block)
     _check_range(np.stack([rows, cols]), grid)
