@@ -2,7 +2,8 @@
 
 Both libraries are loaded into one process, get the same float32 operands, and take turns. One thread by default, timed
 by its own clock, which stands still while other processes have the core; `--threads N` uses torch's team and the
-wall clock. A ratio is the median over rounds of old / new: above 1, the new build is faster.
+wall clock. With `--fresh` the inputs are written anew before every call, as the layer before would. A ratio is the
+median over rounds of old / new: above 1, the new build is faster.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def _arguments():
     parser.add_argument("new", help="the library that is judged")
     parser.add_argument("--isa", help="avx512, avx2 or portable; the best this machine has by default")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--fresh", action="store_true", help="write the inputs anew before every call")
     parser.add_argument("--only", choices=FAMILIES, action="append", help="one family of workloads; may be repeated")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each product")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
@@ -96,9 +98,13 @@ def _compared(cell: Cell, both: list[direct.Kernels], torch, args) -> list[dict]
         call_new()
         if not (apart := max(map(_apart, y_old, y_new))) < SPREAD:
             raise SystemExit(f"{cell.label}, {name}: the results of the two builds lie {apart:.1e} apart")
-        rounds = _alternate(call_old, call_new, args.seconds, args.threads)
+        before = _writer(problem, torch) if args.fresh else lambda: None
+        rounds = _alternate(call_old, call_new, before, args)
         label = cell.label.removesuffix(", forward")
-        found.append({"family": cell.family, "label": label, "product": name, "rounds_ms": rounds})
+        old_ms, new_ms = rounds.min(0).tolist()
+        ratio = float(np.median(rounds[:, 0] / rounds[:, 1]))
+        times = {"old_ms": old_ms, "new_ms": new_ms, "ratio": round(ratio, 4), "rounds": len(rounds)}
+        found.append({"family": cell.family, "label": label, "product": name, **times})
     return found
 
 
@@ -130,31 +136,41 @@ def _products(kernels: direct.Kernels, problem: Problem, torch) -> dict[str, tup
     return products | {"dW": (lambda: kernels.sddmm(x, dy, index[:2], dw, sizes), [dw])}
 
 
-def _alternate(old: Callable, new: Callable, seconds: float, threads: int) -> list[tuple[float, float]]:
-    """Milliseconds of (old, new), a pair a round; who goes first changes."""
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    rounds, stop = [], time.perf_counter() + seconds
+def _writer(problem: Problem, torch) -> Callable[[], None]:
+    """What writes the inputs anew, the same numbers."""
+    pairs = [(a, a.copy()) for a in (problem.x, problem.dy)]
+    if torch:
+        pairs = [tuple(map(torch.from_numpy, pair)) for pair in pairs]
+
+    def write() -> None:
+        for to, a in pairs:
+            torch.add(a, 0, out=to) if torch else np.copyto(to, a)
+
+    return write
+
+
+def _alternate(old: Callable, new: Callable, before: Callable[[], None], args) -> np.ndarray:
+    """Milliseconds of (old, new), a row a round; who goes first changes."""
+    clock = time.thread_time if args.threads == 1 else time.perf_counter
+    rounds, stop = [], time.perf_counter() + args.seconds
     while len(rounds) < 6 or time.perf_counter() < stop:
         pair = [0.0, 0.0]
         for which in (0, 1) if len(rounds) % 2 else (1, 0):
+            before()
             start = clock()
             (old, new)[which]()
-            pair[which] = 1e3 * (clock() - start)
-        rounds.append((round(pair[0], 5), round(pair[1], 5)))
-    return rounds
-
-
-def _ratio(cell: dict) -> float:
-    return float(np.median([old / max(new, 1e-9) for old, new in cell["rounds_ms"]]))
+            pair[which] = max(1e-6, 1e3 * (clock() - start))
+        rounds.append(pair)
+    return np.array(rounds).round(6)
 
 
 def _table(family: str, cells: list[dict]) -> str:
     cells = [cell for cell in cells if cell["family"] == family]
     rows = [[f"== {family}", "product", "old ms", "new ms", "old / new"]]
     for cell in cells:
-        old, new = (min(times) for times in zip(*cell["rounds_ms"], strict=True))
-        rows.append([cell["label"], cell["product"], f"{old:.4g}", f"{new:.4g}", f"{_ratio(cell):.2f}x"])
-    mean = math.exp(float(np.mean([math.log(max(_ratio(cell), 1e-9)) for cell in cells])))
+        old, new = (f"{cell[name]:.4g}" for name in ("old_ms", "new_ms"))
+        rows.append([cell["label"], cell["product"], old, new, f"{cell['ratio']:.2f}x"])
+    mean = math.exp(float(np.mean([math.log(cell["ratio"]) for cell in cells])))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*lines, f"geometric mean {mean:.2f}x; ms are minima"])

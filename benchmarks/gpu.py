@@ -4,7 +4,8 @@ Needs no install and no network: JAX, Flax, Optax and NumPy on Python 3.12 are e
   check     compares every kernel with the oracle, the memory of its result poisoned with NaN beforehand;
   sanitize  runs the small ones under compute-sanitizer, where that is installed;
   tune      times the configurations worth trying and writes Mosaic's best to pallas_kernels/mosaic/measured.json;
-  time      times the grid of workloads against dense, XLA's own products and PyTorch's block-sparse ones.
+  time      times the grid of workloads against dense, XLA's own products and PyTorch's block-sparse ones; who won goes
+            to jaxsparse/measured.json, by which `backend=None` chooses from then on.
 Each step's result is written to --out as soon as there is one, and only a step that failed is run again: a run that
 was stopped, or used up its --minutes, goes on where it ended. --dry-run rehearses at toy sizes on any machine,
 with the interpreted kernels; its timings mean nothing.
@@ -31,8 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import _annotations, _gpu_cells, _gpu_limits, _gpu_torch  # noqa: F401  annotations come first
-from jaxsparse import BlockPattern, _backends, block_diag_matmul, spmm, testing
+from benchmarks import _annotations, _gpu_cells, _gpu_limits, _gpu_torch, _gpu_winners  # noqa: F401  annotations first
+from jaxsparse import BlockPattern, _backends, _measured, block_diag_matmul, spmm, testing
 from pallas_kernels._device import describe
 from pallas_kernels._lines import lines_of
 from pallas_kernels.mosaic import configs
@@ -63,6 +64,9 @@ def main() -> None:
         print(_short(result), flush=True)
         run["steps"][name] = result
         _write(out, run)
+        if name.startswith("time ") and not args.dry_run:
+            said = "{gpu}, jax {jax}, {date}: {command}".format(**run["machine"])
+            _measured.write(run["machine"]["gpu"], _gpu_winners.winners(run["steps"], said))
     failed = [name for name, result in run["steps"].items() if _failed(result)]
     print(f"{len(todo)} steps are done, {len(failed)} of them failed {failed or ''}; numbers: {out}")
     sys.exit(bool(failed))

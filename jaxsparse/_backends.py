@@ -10,7 +10,8 @@ import jax
 from jax.typing import DTypeLike
 
 import cpu_kernels
-from jaxsparse import _xla
+from jaxsparse import _measured, _xla
+from jaxsparse._measured import Workload
 from pallas_kernels import interpret, mosaic, triton
 
 BACKENDS: dict[str, ModuleType] = {
@@ -22,10 +23,6 @@ BACKENDS: dict[str, ModuleType] = {
 }
 OPS = ("spmm", "sddmm", "spmm_grads", "block_diag_matmul", "block_diag_outer")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-# Platform: the back ends known to be faster there than XLA, the best first. A GPU's wait for benchmarks/gpu.py to
-# have run on one.
-_PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ()}
-
 _READ_16_BIT = ("triton", "interpret")  # those whose kernels read 16-bit indices of single entries as they are
 
 
@@ -59,47 +56,49 @@ def why_not(
     return BACKENDS[backend].why_not(op, jax.numpy.dtype(dtype), tuple(block), where)
 
 
-def kernel(op: str, backend: str | None, dtype, block: tuple[int, int], platform: str) -> Callable[..., Any]:
+def kernel(work: Workload, backend: str | None, platform: str) -> Callable[..., Any]:
     """The function of plain arrays that computes a product on the platform that a program is lowered for.
 
     Raises:
       NotImplementedError: if a back end is named and has no such kernel, with the reason.
     """
-    backend = choose(op, backend, dtype, block, platform)
-    function = getattr(BACKENDS[backend], op)
-    if block == (1, 1) and backend in _READ_16_BIT:
+    backend = choose(work, backend, platform)
+    function = getattr(BACKENDS[backend], work.op)
+    if work.block == (1, 1) and backend in _READ_16_BIT:
         return function
     return lambda *operands, **options: function(*jax.tree.map(_widened, operands), **options)
 
 
-def choose(op: str, backend: str | None, dtype, block: tuple[int, int], platform: str) -> str:
+def choose(work: Workload, backend: str | None, platform: str) -> str:
     """The back end of a product: the named one, which then runs or raises, or the best."""
     if backend is None:
-        return _best(op, dtype, block, platform)
-    if reason := _why_not_lowered(backend, op, dtype, block, platform):
+        best = _best(work, platform)
+        return "xla" if best != "xla" and _why_not_lowered(best, work, platform) else best
+    if reason := _why_not_lowered(backend, work, platform):
         where = "here" if platform == _one_word(jax.default_backend()) else f"on {platform}"
-        raise NotImplementedError(f"backend {backend!r} can't run {op} {where}: {reason}")
+        raise NotImplementedError(f"backend {backend!r} can't run {work.op} {where}: {reason}")
     return backend
 
 
-def _best(op: str, dtype, block: tuple[int, int], platform: str) -> str:
-    if _is_dense_work(op, block, platform):
-        return "xla"
-    runs = (b for b in _PREFERRED.get(platform, ()) if not _why_not_lowered(b, op, dtype, block, platform))
-    return next(runs, "xla")
+def _best(work: Workload, platform: str) -> str:
+    """The back end known to be the fastest, whether or not it can run."""
+    if platform == "cpu":
+        return "xla" if _is_dense_work(work) else "cpu"
+    device = jax.sharding.get_abstract_mesh().abstract_device  # that a program is lowered for, where it is known
+    result = _measured.nearest(device.device_kind, work) if device else None
+    return result.backend if result else "xla"
 
 
-def _is_dense_work(op: str, block: tuple[int, int], platform: str) -> bool:
-    """Diagonal blocks as large as dense layers: XLA's own product is as fast or faster (docs/performance.md).
-    On a GPU that is expected of all, as one strided-batched product reads them where they are."""
-    return op.startswith("block_diag") and (platform == "cuda" or min(block) >= 1024)
+def _is_dense_work(work: Workload) -> bool:
+    """Diagonal blocks as large as dense layers: XLA's own product is as fast or faster (docs/performance.md)."""
+    return work.op.startswith("block_diag") and min(work.block) >= 1024
 
 
-def _why_not_lowered(backend: str, op: str, dtype, block: tuple[int, int], platform: str) -> str | None:
+def _why_not_lowered(backend: str, work: Workload, platform: str) -> str | None:
     """A program for another platform than this process runs on is for another machine: what this one lacks is no
     reason there."""
     elsewhere = platform != _one_word(jax.default_backend())
-    return BACKENDS[backend].why_not(op, dtype, block, platform, elsewhere)
+    return BACKENDS[backend].why_not(work.op, jax.numpy.dtype(work.dtype), work.block, platform, elsewhere)
 
 
 def _one_word(platform: str) -> str:

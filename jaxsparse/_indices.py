@@ -53,7 +53,7 @@ def stratified(key: jax.Array, grid: tuple[int, int], count: int) -> Index:
     size, larger = rows // k, rows % k  # the larger strata come first
     slot = entry - first
     low = slot * size + jnp.minimum(slot, larger)
-    drawn = jax.random.randint(row_key, (count,), low, low + size + (slot < larger), jnp.int32)
+    drawn = jax.random.randint(row_key, (count,), low, low + size + (slot < larger).astype(jnp.int32), jnp.int32)
     drawn_row = rotated(drawn, phase[entry_col], rows)
     # Those that went past the end stand first in their column.
     past = jnp.zeros(cols, jnp.int32).at[entry_col].add((drawn_row < drawn).astype(jnp.int32), indices_are_sorted=True)

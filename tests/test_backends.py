@@ -1,13 +1,15 @@
 """Back ends are chosen per platform, never in silence when named, and the chosen kernel is in the program."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import cpu_kernels
-from jaxsparse import BlockPattern, _backends, _xla, block_diag_matmul, sddmm, spmm, why_not
-from pallas_kernels import mosaic, triton
+from jaxsparse import BlockPattern, _backends, _measured, _xla, block_diag_matmul, sddmm, spmm, why_not
+from pallas_kernels import mosaic
 
 PATTERN = BlockPattern.random(jax.random.key(0), (48, 32), density=0.3, block=8)
 X, W = jnp.ones((4, 48)), jnp.ones(PATTERN.values_shape)
@@ -46,19 +48,69 @@ def test_a_program_for_another_platform_has_no_cpu_kernel():
     assert "jaxsparse_cpu" not in exported.mlir_module()
 
 
-def test_a_gpu_takes_the_best_known_kernel_that_can_run_and_leaves_block_diagonals_to_xla(monkeypatch):
-    def chosen(op):
-        return _backends.choose(op, None, jnp.dtype("bfloat16"), (64, 64), "cuda")
+def a_gpu(kind="NVIDIA H100 80GB HBM3"):
+    """Programs are for this kind of GPU inside; there need not be one."""
+    device = jax.sharding.AbstractDevice
+    platform = {"platform": "gpu"} if "platform" in inspect.signature(device).parameters else {}
+    abstract = device(device_kind=kind, num_cores=132, **platform)
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=abstract))
 
-    assert chosen("spmm") == "xla"  # nothing has been timed on a GPU
-    monkeypatch.setitem(_backends._PREFERRED, "cuda", ("mosaic", "triton"))
-    for module in (triton, mosaic):
-        monkeypatch.setattr(module, "why_not", lambda *_: "there is no such GPU")
-    assert chosen("spmm") == "xla"
-    for name, module in (("triton", triton), ("mosaic", mosaic)):
-        monkeypatch.setattr(module, "why_not", lambda *_: None)
-        assert chosen("spmm") == chosen("sddmm") == name
-    assert chosen("block_diag_matmul") == "xla"
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    monkeypatch.setattr(_measured, "TABLE", tmp_path / "measured.json")
+    _measured._results.cache_clear()
+    yield _measured.TABLE
+    _measured._results.cache_clear()
+
+
+def test_a_gpu_takes_the_kernel_that_was_measured_to_win_and_says_so_in_the_program(table):
+    pattern = BlockPattern.random(jax.random.key(0), (64, 64), density=0.5, block=16)
+    x, w = jnp.ones((128, 64), jnp.bfloat16), jnp.ones(pattern.values_shape, jnp.bfloat16)
+
+    def program():
+        with a_gpu():
+            # a new function each time: JAX keeps what it traced and lowered
+            return jax.jit(lambda x, w: spmm(x, w, pattern)).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "triton" not in program()  # nothing is measured
+    work = _measured.Workload("spmm", "bfloat16", (32, 32), 256, 0.25)
+    _measured.write("NVIDIA H100 80GB HBM3", [_measured.Result(work, "triton", 1.4, "made up")])
+    assert "triton" in program()
+    _measured.write("NVIDIA H100 80GB HBM3", [_measured.Result(work, "xla", 1.0, "made up")])
+    assert "triton" not in program()
+
+
+def test_what_was_measured_nearest_decides_and_nothing_far_away(table):
+    def result(op, block, rows, density, backend, dtype="bfloat16"):
+        return _measured.Result(_measured.Workload(op, dtype, (block, block), rows, density), backend, 2.0, "made up")
+
+    blocks = [result("spmm", 64, 8192, 0.25, "mosaic"), result("spmm", 64, 512, 0.25, "triton")]
+    entries = [result("spmm", 1, 1, 0.1, "triton"), result("spmm", 1, 2048, 0.1, "xla")]
+    _measured.write("GPU", blocks + entries)
+
+    def chosen(block, rows, density=0.25, op="spmm", dtype="bfloat16", kind="GPU"):
+        near = _measured.nearest(kind, _measured.Workload(op, dtype, (block, block), rows, density))
+        return near and near.backend
+
+    assert chosen(64, 8192) == chosen(64, 5000) == chosen(128, 8192) == "mosaic"
+    assert chosen(64, 512) == chosen(64, 1000) == chosen(32, 512, 0.5) == "triton"
+    assert chosen(1, 4, 0.1) == "triton" and chosen(1, 1000, 0.1) == "xla"
+    assert chosen(64, 1) is chosen(64, 0) is chosen(64, 512, 0.0) is None
+    assert chosen(64, 512, op="sddmm") is chosen(64, 512, dtype="float32") is chosen(64, 512, kind="other") is None
+    (rows,) = jax.export.symbolic_shape("b")
+    assert chosen(64, rows) is None
+
+
+def test_a_kernel_that_won_but_can_not_run_leaves_the_product_to_xla(table, monkeypatch):
+    work = _measured.Workload("block_diag_matmul", "bfloat16", (64, 64), 512, 0.25)
+    _measured.write("GPU", [_measured.Result(work, "mosaic", 1.2, "made up")])
+    with a_gpu("GPU"):
+        monkeypatch.setattr(mosaic, "why_not", lambda *_: None)
+        assert _backends.choose(work, None, "cuda") == "mosaic"
+        monkeypatch.setattr(mosaic, "why_not", lambda *_: "there is no such GPU")
+        assert _backends.choose(work, None, "cuda") == "xla"
+    assert _backends.choose(work, None, "tpu") == "xla"
 
 
 def test_xla_by_name_is_plain_xla():

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow  # a dry run of the whole benchmark
 ROOT = Path(__file__).parents[1]
 BLOCKED = """
 import sys
@@ -39,6 +38,7 @@ def rehearse(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow  # a dry run of the whole benchmark
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="benchmarks/gpu.py is for machines with Python 3.12")
 def test_a_run_that_was_stopped_goes_on_where_it_ended(rehearse):
     code, said, first = rehearse("--only", "check", "--minutes", "0.01")
@@ -64,3 +64,31 @@ def test_a_wrong_kernel_fails_the_run(monkeypatch):
     monkeypatch.setattr(interpret, "spmm", lambda *a, **how: spmm(*a, **how).at[0, 0].add(1))
     result = gpu._result(lambda: gpu._check("interpret", 16, "float32", 3))
     assert gpu._failed(result) and "AssertionError: y is off by" in result["error"]
+
+
+def test_what_was_timed_becomes_what_is_chosen(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import _gpu_cells, _gpu_winners
+
+    cells = {(c.family, c.batch, c.block[0], c.mode, c.density, c.dtype): c for c in _gpu_cells.grid(toy=False)}
+    timed = {
+        ("blocks", 8192, 128, "forward", 0.1, "bfloat16"): {"mosaic": 1.0, "triton": 1.5, "xla": 2.0},
+        ("blocks", 8192, 128, "step", 0.1, "bfloat16"): {"mosaic": 9.0, "xla": 3.0},
+        ("blocks", 8192, 128, "dW", 0.1, "bfloat16"): {"mosaic": 1.0, "xla": 1.02},
+        ("unstructured", 2048, 1, "step", 0.1, "bfloat16"): {"triton": 1.0, "xla": 1.5},
+    }
+    steps = {
+        f"time {cells[cell].name}": {"ms": {f"ours ({name})": t for name, t in ms.items()} | {"dense": 0.1}}
+        for cell, ms in timed.items()
+    }
+    steps["time of another benchmark"] = {"error": "no memory"}
+    found = {
+        (r.workload.op, r.workload.block[0]): (r.backend, r.times_as_fast) for r in _gpu_winners.winners(steps, "")
+    }
+    assert found == {
+        ("spmm", 128): ("mosaic", 2.0),  # not by the step, as it was timed alone
+        ("sddmm", 128): ("xla", 1.0),  # 2 % are no win
+        ("spmm_grads", 1): ("triton", 1.5),
+        ("sddmm", 1): ("triton", 1.5),
+        ("spmm", 1): ("triton", 1.5),
+    }

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jaxsparse._backends import PLATFORMS
+from jaxsparse._backends import PLATFORMS, Workload
 from jaxsparse.products import _shards
 
 
@@ -181,6 +181,11 @@ def loop(function: Callable[..., Any], operands, dims):
 def rows(x: jax.Array) -> jax.Array:
     """All leading dimensions as one: kernels take matrices."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def workload(op: str, x: jax.Array, block: tuple[int, int], stored: int, size: int) -> Workload:
+    """What a back end is chosen for: x has the rows, and of `size` entries of the matrix so many are stored."""
+    return Workload(op, x.dtype.name, block, math.prod(x.shape[:-1]), stored / max(size, 1))
 
 
 def multiply_adds(x: tuple[int, ...], stored: tuple[int, ...]) -> int:

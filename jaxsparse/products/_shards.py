@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import numpy as np
 from jax._src.config import _check_vma
 from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax._src.sharding_impls import parse_flatten_op_sharding
@@ -117,12 +116,16 @@ def on_one_device(ctx: Any) -> Iterator[None]:
 
 
 def _device_of(ctx: Any) -> Any:
-    """The kind of device that a program is lowered for, or None where nothing says it."""
+    """The kind of device that a program is lowered for, as a mesh that is set says, or JAX; None where nothing does."""
+    if (here := jax.sharding.get_abstract_mesh().abstract_device) is not None:
+        return here
     context = ctx.module_context.axis_context
     if devices := getattr(context, "device_assignment", None):
-        return Mesh(np.array(devices[:1]), ("one",)).abstract_mesh.abstract_device
-    mesh = getattr(context, "mesh", None) or jax.sharding.get_abstract_mesh()
-    return getattr(mesh, "abstract_mesh", mesh).abstract_device
+        # A process without the device lowers for it on those it has, which say nothing.
+        one = Mesh(devices[:1], ("one",)) if devices[0].platform != "cpu" else None
+        return one and one.abstract_mesh.abstract_device
+    mesh = getattr(context, "mesh", None)
+    return getattr(getattr(mesh, "abstract_mesh", mesh), "abstract_device", None)
 
 
 # ---- the two ways ---------------------------------------------------------------------------------------

@@ -14,13 +14,26 @@ from jax.interpreters import ad, batching
 
 from jaxsparse import _backends
 from jaxsparse.products._epilogue import finished, refuse_epilogue
-from jaxsparse.products._rules import Product, is_unknown, is_zero, linear_in_each, multiply_adds, returned, rows
+from jaxsparse.products._rules import (
+    Product,
+    is_unknown,
+    is_zero,
+    linear_in_each,
+    multiply_adds,
+    returned,
+    rows,
+    workload,
+)
 from jaxsparse.products._shards import Shards
 
 
 def block_diag_matmul(x, w, bias=None, *, activation: str | None = None, transposed: bool = False, **how):
     """activation(x W + bias), or of x W^T."""
     return _matmul(x, w, bias, activation=activation, transposed=transposed, **how)
+
+
+def _work(op: str, x, n: int, i: int, o: int):
+    return workload(op, x, (i, o), n * i * o, n * i * n * o)
 
 
 # ---- block_diag_matmul ----------------------------------------------------------------------------------
@@ -33,7 +46,7 @@ def _matmul_shapes(x, w, *_, transposed, **how):
 
 def _matmul_kernel(platform, *, backend, **options):
     def run(x, w, *bias):
-        kernel = _backends.kernel("block_diag_matmul", backend, x.dtype, w.shape[1:], platform)
+        kernel = _backends.kernel(_work("block_diag_matmul", x, *w.shape), backend, platform)
         y = kernel(rows(x), w, *bias, **options)
         return y.reshape(*x.shape[:-1], y.shape[1])
 
@@ -93,8 +106,8 @@ def _outer_shapes(x, dy, *, num_blocks, block, **how):
 
 def _outer_kernel(platform, *, num_blocks, block, backend, precision):
     def run(x, dy):
-        kernel = _backends.kernel("block_diag_outer", backend, x.dtype, block, platform)
         here = x.shape[-1] // block[0] if block[0] else num_blocks  # a device may have a share of them
+        kernel = _backends.kernel(_work("block_diag_outer", x, here, *block), backend, platform)
         return kernel(rows(x), rows(dy), num_blocks=here, precision=precision)
 
     return run

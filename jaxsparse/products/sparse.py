@@ -32,6 +32,7 @@ from jaxsparse.products._rules import (
     multiply_adds,
     returned,
     rows,
+    workload,
 )
 from jaxsparse.products._shards import Shards
 
@@ -48,6 +49,11 @@ def sddmm(x, dy, index: Index, *, transposed: bool = False, **how):
     return _sample(x, dy, index, transposed, how)
 
 
+def _work(op: str, x, index, block, options):
+    stored = index[1].shape[0] * block[0] * block[1]
+    return workload(op, x, block, stored, options["shape"][0] * options["shape"][1])
+
+
 # ---- spmm: activation(x W + bias) -----------------------------------------------------------------------
 
 
@@ -57,7 +63,7 @@ def _spmm_shapes(x, w, *_, shape, transposed, **how):
 
 def _spmm_kernel(platform, *, block, backend, **options):
     def run(x, w, *rest):
-        kernel = _backends.kernel("spmm", backend, x.dtype, block, platform)
+        kernel = _backends.kernel(_work("spmm", x, rest, block, options), backend, platform)
         y = kernel(rows(x), w, Index(*rest[:_N]), *rest[_N:], block=block, **options)
         return y.reshape(*x.shape[:-1], y.shape[1])
 
@@ -112,7 +118,7 @@ def _sddmm_shapes(x, dy, col_ptr, row_index, *_, block, **how):
 
 def _sddmm_kernel(platform, *, block, backend, **options):
     def run(x, dy, *index):
-        kernel = _backends.kernel("sddmm", backend, x.dtype, block, platform)
+        kernel = _backends.kernel(_work("sddmm", x, index, block, options), backend, platform)
         return kernel(rows(x), rows(dy), Index(*index), block=block, **options)
 
     return run
@@ -188,7 +194,7 @@ def _grads_in_two(x, dy, w, *index, **how):
 
 def _grads_kernel(platform, *, block, backend, **options):
     def run(x, dy, w, *index):
-        kernel = _backends.kernel("spmm_grads", backend, x.dtype, block, platform)
+        kernel = _backends.kernel(_work("spmm_grads", x, index, block, options), backend, platform)
         dx, dw = kernel(rows(x), rows(dy), w, Index(*index), block=block, **options)
         return [dx.reshape(x.shape), dw]
 

@@ -1,0 +1,40 @@
+"""From what `gpu.py` timed to what `backend=None` goes by: who won each workload against XLA."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from benchmarks import _gpu_cells
+from jaxsparse._measured import Result, Workload
+
+MARGIN = 1.03  # times as fast as XLA, below which XLA stays the choice
+# Which products a mode times, the one that it times alone first; a step decides where nothing timed a product alone.
+_OF_SPARSE = {"forward": ("spmm",), "dW": ("sddmm",), "step": ("spmm_grads", "sddmm", "spmm")}
+_OF_DIAGONAL = {"forward": ("block_diag_matmul",), "dW": ("block_diag_outer",), "step": ("block_diag_outer",)}
+
+
+def winners(steps: Mapping[str, Any], run: str) -> list[Result]:
+    """The results of all cells that were timed; `run` says when, with what, by which command."""
+    found: dict[Workload, Result] = {}
+    for mode in ("forward", "dW", "step"):
+        for cell in _gpu_cells.grid(toy=False):
+            ms = steps.get(f"time {cell.name}", {}).get("ms", {})
+            if cell.mode == mode and "ours (xla)" in ms:
+                for result in _results(cell, ms, run):
+                    found.setdefault(result.workload, result)
+    return list(found.values())
+
+
+def _results(cell: _gpu_cells.Cell, ms: Mapping[str, float], run: str) -> Iterator[Result]:
+    ours = {match[1]: ms[name] for name in ms if (match := re.fullmatch(r"ours \((mosaic|triton|xla)\)", name))}
+    best = min(ours, key=ours.__getitem__)
+    times_as_fast = ours["xla"] / ours[best]
+    if times_as_fast < MARGIN:
+        best, times_as_fast = "xla", 1.0
+    ops = _OF_DIAGONAL if cell.family == "block-diagonal" else _OF_SPARSE
+    for op in ops[cell.mode]:
+        if op != "spmm_grads" or cell.block == (1, 1):
+            work = Workload(op, cell.dtype, cell.block, cell.batch, cell.density)
+            yield Result(work, best, round(times_as_fast, 3), run)
