@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks._gpu_run import Program
 from jaxsparse import BlockPattern, block_diag_matmul, spmm
 
 MODES = ("forward", "dX", "dW", "step")
@@ -42,7 +43,24 @@ class Cell:
 
 
 def grid(toy: bool) -> list[Cell]:
-    return list(_toy() if toy else _full())
+    """All cells, those first that decide what `backend=None` takes."""
+    return list(dict.fromkeys(_toy() if toy else (*deciding(), *_full())))
+
+
+def deciding() -> Iterator[Cell]:
+    """The cells of the first minutes."""
+    for batch in (8192, 512):
+        for block in (128, 64, 32):
+            for density in (0.1, 0.25, 0.5):
+                for mode in ("forward", "step"):
+                    yield Cell("blocks", batch, (4096, 4096), (block, block), density, mode)
+    for count in (4, 16):
+        for width in (256, 1024):
+            for mode in ("forward", "step"):
+                yield Cell("block-diagonal", 1024, (count * width,) * 2, (width, width), 1 / count, mode)
+    for batch in (1, 16):
+        yield Cell("unstructured", batch, (4096, 4096), (1, 1), 0.1, "forward", layers=32)
+    yield Cell("unstructured", 2048, (4096, 4096), (1, 1), 0.1, "step")
 
 
 def _toy() -> Iterator[Cell]:
@@ -74,8 +92,8 @@ def _full() -> Iterator[Cell]:
             yield Cell("unstructured", batch, (4096, 4096), (1, 1), density, "forward", layers=32)
 
 
-def contenders(cell: Cell, backends: list[str]) -> dict[str, Callable[[], object]]:
-    """Name to a function that starts one run. The first call of each compiles."""
+def contenders(cell: Cell, backends: list[str]) -> dict[str, Program]:
+    """The programs of a cell by name, not compiled yet."""
     if cell.layers > 1:
         return _chains(cell, backends)
     rng, dtype = np.random.default_rng(0), jnp.dtype(cell.dtype)
@@ -98,7 +116,7 @@ def contenders(cell: Cell, backends: list[str]) -> dict[str, Callable[[], object
     return found | {"dense": _run(jnp.matmul, cell.mode, x, weight, dy)}
 
 
-def _chains(cell: Cell, backends: list[str]) -> dict[str, Callable[[], object]]:
+def _chains(cell: Cell, backends: list[str]) -> dict[str, Program]:
     """The same of several products in a row; where a back end reads indices of 16 bits, with those as well."""
     rng, dtype, pattern = np.random.default_rng(0), jnp.dtype(cell.dtype), cell.pattern
     x, values, weight = (
@@ -116,11 +134,10 @@ def _chains(cell: Cell, backends: list[str]) -> dict[str, Callable[[], object]]:
     return found
 
 
-def chain(count: int, x, product, *weights) -> Callable[[], object]:
-    """Starts `count` products in a row, each with its own copy of the weights."""
+def chain(count: int, x, product, *weights) -> Program:
+    """`count` products in a row, each with its own copy of the weights."""
     layers = [jax.tree.map(jnp.copy, weights) for _ in range(count)]
-    run = jax.jit(lambda x, layers: functools.reduce(lambda x, weights: product(x, *weights), layers, x))
-    return functools.partial(run, x, layers)
+    return Program(lambda x, layers: functools.reduce(lambda x, weights: product(x, *weights), layers, x), x, layers)
 
 
 def _diagonal(x, w, bias, backend):
@@ -137,7 +154,7 @@ def _loop(x, w, bias):
     return jax.nn.gelu(jnp.concatenate(parts, axis=1) + bias)
 
 
-def _run(f, mode: str, x, weight, dy) -> Callable[[], object]:
+def _run(f, mode: str, x, weight, dy) -> Program:
     """One product, one of its gradients, or a step: forward, both gradients and SGD. XLA drops what isn't asked for."""
 
     def measured(x, weight, dy):
@@ -145,4 +162,4 @@ def _run(f, mode: str, x, weight, dy) -> Callable[[], object]:
         dx, dw = back(dy)
         return {"forward": y, "dX": dx, "dW": dw, "step": (y, dx, weight - jnp.asarray(1e-3, dw.dtype) * dw)}[mode]
 
-    return functools.partial(jax.jit(measured), x, weight, dy)
+    return Program(measured, x, weight, dy)

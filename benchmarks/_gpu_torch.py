@@ -22,7 +22,7 @@ def contenders(cell: Cell) -> dict[str, Callable[[], object]]:
     if cell.family == "block-diagonal":
         return _diagonal(torch, cell)
     if cell.family == "blocks" and cell.mode == "forward":  # its block-sparse product has no gradient
-        return {"torch BSR": _started(torch, _bsr(torch, cell))}
+        return {"torch BSR": started(torch, _bsr(torch, cell))}
     return {}
 
 
@@ -33,7 +33,7 @@ class _Pending:
         self.block_until_ready = torch.cuda.synchronize
 
 
-def _started(torch, run: Callable[[], object]) -> Callable[[], object]:
+def started(torch, run: Callable[[], object]) -> Callable[[], object]:
     def start():
         run()
         return _Pending(torch)
@@ -77,4 +77,4 @@ def _diagonal(torch, cell: Cell) -> dict[str, Callable[[], object]]:
     found = {"torch baddbmm": baddbmm, "torch einsum": einsum, "torch grouped conv1d": conv1d}
     if cell.mode == "step":
         found = {name: functools.partial(step, f) for name, f in found.items()}
-    return {name: _started(torch, run) for name, run in found.items()}
+    return {name: started(torch, run) for name, run in found.items()}

@@ -1,9 +1,11 @@
 """The benchmark for GPUs rehearsed: from a plain checkout, without what only an install brings, stopped and resumed."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,24 +48,33 @@ def test_a_run_that_was_stopped_goes_on_where_it_ended(rehearse):
     assert 1 <= len(first["steps"]) < 4
     code, said, run = rehearse()
     assert code == 0 and all(run["steps"][name] == result for name, result in first["steps"].items()), said
-    assert {name.split()[0] for name in run["steps"]} == {"check", "sanitize", "tune", "time"}
+    kinds = {name.split()[0] for name in run["steps"]}
+    assert kinds == {"ceilings", "check", "sanitize", "torch", "time", "tune"}
+    assert run["steps"]["ceilings"]["bfloat16 TFLOP/s"] > 0
     for name, result in run["steps"].items():
         if name.startswith("time"):
             assert {"ours (chosen)", "ours (xla)"} <= result["ms"].keys() and not result["notes"], (name, result)
             assert min(result["predicted_limit_ms"].values()) > 0
     code, said, again = rehearse()
-    assert code == 0 and again["steps"] == run["steps"] and "[1/" not in said
+    assert code == 0 and again["steps"] == run["steps"] and "1/" not in said
+    code, said, _ = rehearse("--report")
+    assert code == 0 and "A rehearsal" in said and "| blocks 32x64x64 block 16 density 0.5 float32 forward |" in said
+    assert "- sanitize memcheck: a dry run" in said and "Failed" not in said
 
 
-def test_a_wrong_kernel_fails_the_run(monkeypatch):
+def test_a_wrong_kernel_fails_its_step_alone(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import gpu
+    from benchmarks import _gpu_checks, gpu
+    from benchmarks._gpu_run import Step
     from pallas_kernels import interpret
 
     spmm = interpret.spmm
     monkeypatch.setattr(interpret, "spmm", lambda *a, **how: spmm(*a, **how).at[0, 0].add(1))
-    result = gpu._result(lambda: gpu._check("interpret", 16, "float32", 3))
-    assert gpu._failed(result) and "AssertionError: y is off by" in result["error"]
+    check = functools.partial(_gpu_checks.check, "interpret", 16, "float32", 3)
+    todo = [Step("wrong", check), Step("not built", lambda: 1 / 0), Step("right", lambda: lambda: {"ok": True})]
+    wrong, unbuilt, right = (result for *_, result in gpu._results(todo, time.monotonic() + 60))
+    assert gpu._failed(wrong) and "AssertionError: y is off by" in wrong["error"]
+    assert gpu._failed(unbuilt) and "ZeroDivisionError" in unbuilt["error"] and right == {"ok": True}
 
 
 def test_what_was_timed_becomes_what_is_chosen(monkeypatch):

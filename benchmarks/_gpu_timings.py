@@ -1,0 +1,169 @@
+"""What `gpu.py` times: the grid, the configurations worth trying, and what the profiler counts in the worst kernels."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import _gpu_cells, _gpu_limits, _gpu_torch
+from benchmarks._gpu_checks import backends_here
+from benchmarks._gpu_report import least_of_ours
+from benchmarks._gpu_run import Program, Result, Step, beside, compiled, median_ms, said
+from jaxsparse import BlockPattern, _backends, testing
+from pallas_kernels._device import describe
+from pallas_kernels._lines import lines_of
+from pallas_kernels.mosaic import configs
+
+COUNTERS = (
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "lts__throughput.avg.pct_of_peak_sustained_elapsed",
+    "l1tex__data_bank_conflicts_pipe_lsu.sum",
+)
+
+
+# ---- time -------------------------------------------------------------------------------------------
+
+
+def timings(dry_run: bool, cells: Iterable[_gpu_cells.Cell]) -> Iterator[Step]:
+    for cell in cells:
+        backends = backends_here(dry_run, cell.dtype, cell.block)
+        yield Step(f"time {cell.name}", functools.partial(_time, cell, backends))
+
+
+def _time(cell: _gpu_cells.Cell, backends: list[str]) -> Callable[[], Result]:
+    """Milliseconds that each contender takes for a layer, why others don't run, and what an H100 allows at best."""
+    ready, notes = compiled(_gpu_cells.contenders(cell, backends))
+    try:
+        ready |= _gpu_torch.contenders(cell)
+    except Exception as refused:
+        notes["torch"] = said(refused)
+
+    def run() -> Result:
+        for name, start in list(ready.items()):
+            try:
+                jax.block_until_ready(start())
+            except Exception as refused:
+                notes[name] = said(refused)
+                del ready[name]
+        ms = {name: ms / cell.layers for name, ms in median_ms(ready).items()}
+        return {"ms": ms, "notes": notes, "predicted_limit_ms": _gpu_limits.predicted_ms(cell)}
+
+    return run
+
+
+# ---- tune -------------------------------------------------------------------------------------------
+
+
+def tunings(dry_run: bool) -> Iterator[Step]:
+    if backends_here(dry_run, "bfloat16", (1, 1)):
+        size, layers = (64, 2) if dry_run else (4096, 32)
+        for m in (4,) if dry_run else (1, 4, 16):
+            yield Step(f"tune entries batch {m}", functools.partial(_tune_entries, m, size, layers))
+    if not dry_run and _backends.why_not("mosaic", "spmm", "bfloat16", (64, 64)):
+        return
+    blocks, batches, size = ((64,), (64,), 256) if dry_run else ((128, 64, 32, 16), (128, 1024, 8192), 4096)
+    for block in blocks:
+        for m in batches:
+            for kernel in ("gather", "sample"):
+                build = functools.partial(_tune, kernel, block, m, size, dry_run)
+                yield Step(f"tune {configs.key(kernel, m, block, block)}", build)
+
+
+def _tune(kernel: str, block: int, m: int, size: int, dry_run: bool) -> Callable[[], Result]:
+    """What is built times every candidate at density 0.25 and keeps the best in the table of this kind of GPU."""
+    pattern = BlockPattern.random(jax.random.key(0), (size, size), density=0.25, block=block)
+    x, blocks = testing.normal(0, (m, size), jnp.bfloat16), testing.normal(1, pattern.values_shape, jnp.bfloat16)
+    lines, device, programs = size // block, describe(), {}
+    if kernel == "gather":
+        candidates = list(configs.candidates_for_gather(m, size, block, block, lines))
+    else:
+        candidates = list(configs.candidates_for_sample(block, block, pattern.nnzb, lines))
+    if dry_run:
+        return lambda: {"candidates": [c._asdict() for c in candidates], "skipped": "a dry run"}
+    from pallas_kernels.mosaic import gather, sample
+
+    for config in candidates:
+        if kernel == "gather":
+            f = lambda x, w, index, c=config: gather.gather(  # noqa: E731
+                x, w, lines_of(index, False), None, c, device, transposed=False, activation=None
+            )
+        else:
+            f = lambda x, dy, index, c=config: sample.sample(x, dy, index, (block, block), c, device)  # noqa: E731
+        program = Program(f, x, blocks if kernel == "gather" else x, pattern.index)
+        programs[json.dumps(config._asdict())] = program
+    programs, notes = compiled(programs)
+
+    def run() -> Result:
+        times = median_ms(programs)
+        best = min(times, key=times.__getitem__)
+        table = json.loads(configs.MEASURED.read_text()) if configs.MEASURED.exists() else {}
+        table.setdefault(device.kind, {})[configs.key(kernel, m, block, block)] = json.loads(best)
+        configs.MEASURED.write_text(json.dumps(table, indent=1) + "\n")
+        return {"ms": times, "notes": notes, "best": best}
+
+    return run
+
+
+def _tune_entries(m: int, size: int, layers: int) -> Callable[[], Result]:
+    """Times tiles of single entries at density 0.1; what is best at most batches belongs into `entries.NUMBERS`."""
+    from pallas_kernels.triton import entries
+
+    pattern, interpret = BlockPattern.random(jax.random.key(0), (size, size), density=0.1), not describe().kind
+    lines = lines_of(pattern.index, False)._replace(slot=None)
+    x, values = testing.normal(0, (m, size), jnp.bfloat16), testing.normal(1, pattern.values_shape, jnp.bfloat16)
+    values /= pattern.fan_in**0.5
+    how = {"bias": None, "activation": None, "interpret": interpret}
+    runs = {
+        str(n): _gpu_cells.chain(layers, x, functools.partial(entries.gather, **how, numbers=n), values, lines)
+        for n in (512, 1024, 2048, 4096)
+    }
+    runs, notes = compiled(runs)
+
+    def run() -> Result:
+        times = {n: ms / layers for n, ms in median_ms(runs).items()}
+        return {"ms": times, "notes": notes, "best": min(times, key=times.__getitem__)}
+
+    return run
+
+
+# ---- counters ---------------------------------------------------------------------------------------
+
+
+def worst(steps: Mapping[str, Result], count: int = 2) -> list[tuple[_gpu_cells.Cell, str]]:
+    """The cells and back ends of ours that take the longest beside what was predicted at best, one of each back end."""
+    found = []
+    for cell in _gpu_cells.grid(toy=False):
+        result = steps.get(f"time {cell.name}", {})
+        limit = least_of_ours(result.get("predicted_limit_ms", {}))
+        for backend in ("mosaic", "triton"):
+            ms = result.get("ms", {}).get(f"ours ({backend})")
+            if ms and limit:
+                found.append((ms / limit, backend, cell))
+    slowest = sorted(found, key=lambda f: -f[0])
+    first = {backend: cell for _, backend, cell in reversed(slowest)}
+    return [(cell, backend) for backend, cell in first.items()][:count]
+
+
+def counted(cell: _gpu_cells.Cell, backend: str) -> Callable[[], Result]:
+    """What the profiler counts in one run of a kernel."""
+    if not shutil.which("ncu"):
+        return lambda: {"skipped": "ncu is not on the PATH"}
+    code = f"import benchmarks._gpu_timings as t; t.once({cell.name!r}, {backend!r})"
+    options = ("--metrics", ",".join(COUNTERS), "--csv", "--launch-skip", "1", "--launch-count", "12")
+    return lambda: beside("ncu", *options, sys.executable, "-c", code)()
+
+
+def once(name: str, backend: str) -> None:
+    """Runs one contender of a cell twice: the first run is warming up."""
+    cell = next(cell for cell in _gpu_cells.grid(toy=False) if cell.name == name)
+    program = _gpu_cells.contenders(cell, [backend])[f"ours ({backend})"]
+    program.compile()
+    for _ in range(2):
+        jax.block_until_ready(program())
