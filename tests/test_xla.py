@@ -34,6 +34,42 @@ def test_expanding_and_slots_give_the_same_product(transposed, monkeypatch):
     np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The ways of devices that are no CPU, on the CPU."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", ["149x698 by 16", "tall blocks of 32x16", "empty rows and columns, blocks of 4"])
+def test_expanded_blocks_make_the_products_of_the_walk(name, transposed, as_on_a_gpu):
+    case = next(case for case in testing.CASES if case.name == name)
+    pattern = case.pattern.T if transposed else case.pattern
+    x, blocks, bias, dy = testing.inputs(case, pattern, jnp.float32)
+    product = lambda x, w, b: spmm(x, w, pattern, b, backend="xla")  # noqa: E731
+    assert "while" not in jax.jit(product).lower(x, blocks, bias).as_text()
+    got = testing.value_and_gradients(product, x, blocks, bias, dy)
+    dense = testing.dense_products(x, blocks, bias, dy, pattern)
+    for which, truth in testing.true_products(x, blocks, bias, dy, pattern).items():
+        testing.assert_as_close_as_dense(got[which], truth, dense[which], which)
+
+
+def test_a_gpu_walks_only_over_blocks_of_a_matrix_too_large_to_be_expanded(monkeypatch):
+    pattern = BlockPattern.random(jax.random.key(0), (64, 96), density=0.5, block=16)
+    x, w = jnp.ones((8, 64)), jnp.ones(pattern.values_shape)
+
+    def loops(platform):
+        step = lambda x, w: jax.grad(lambda x, w: spmm(x, w, pattern, backend="xla").sum(), (0, 1))(x, w)  # noqa: E731
+        return "while" in jax.jit(step).trace(x, w).lower(lowering_platforms=(platform,)).as_text()
+
+    assert not loops("cuda") and loops("cpu")
+    monkeypatch.setattr(_xla, "DENSE_LIMIT", 64 * 96 - 1)
+    assert loops("cuda")
+
+
 def test_both_sampled_products_agree(monkeypatch):
     (x, _, index), sizes = arguments()
     dy, results = testing.normal(2, (16, 300), jnp.float32), []
