@@ -27,7 +27,8 @@ def from_scipy(m):
     line = lines_of(m.indptr, lines, m.indices, m.data, f"the {m.format.upper()} matrix's indptr")
     row, col = (m.indices, line) if is_by_column else (line, m.indices)
     grid = grid_of(m.shape, block)
-    if _ascends(line, m.indices, grid[not is_by_column]):
+    plain = m.data.ndim == (3 if m.format == "bsr" else 1)
+    if plain and _ascends(line, m.indices, grid[not is_by_column]):
         shape, block = check_sizes(m.shape, block)
         if is_by_column:
             index, data = from_sorted(row, col, grid), m.data

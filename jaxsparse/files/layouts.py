@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxsparse._indices import by_column, lines_of
+from jaxsparse._indices import by_column, check_coordinates, lines_of
 from jaxsparse._sizes import grid_of
 from jaxsparse.formats import BlockPattern
 
@@ -44,7 +44,7 @@ def place(w: Any) -> Placed:
         indices = _host(w._indices())
         if indices.shape[0] != 2:
             raise ValueError(f"the COO weight has {indices.shape[0]} sparse dimension, and must have two.")
-        _check_range(indices, (out, size_in))  # before torch sums what stands twice
+        check_coordinates(indices[1], indices[0], (size_in, out))  # before torch sums what stands twice
         w = w.coalesce()
         (cols, rows), values, block = _host(w.indices()), w.values(), (1, 1)
     else:
@@ -59,7 +59,7 @@ def place(w: Any) -> Placed:
             )
         rows, cols = _compressed(w, layout, values, block, grid_of((size_in, out), block))
     grid = grid_of((size_in, out), block)
-    _check_range(np.stack([rows, cols]), grid)
+    check_coordinates(rows, cols, grid)
     order = by_column(rows, cols, grid)
     return Placed(BlockPattern.from_indices(rows[order], cols[order], shape=(size_in, out), block=block), values, order)
 
@@ -79,13 +79,6 @@ def _compressed(w: Any, layout: str, values: Any, block: tuple[int, int], grid: 
     other = _host(other)
     line = lines_of(_host(ptr), grid[1 if by_out else 0], other, values, f"{name} of the torch.{layout} weight")
     return (other, line) if by_out else (line, other)
-
-
-def _check_range(index: np.ndarray, sizes: tuple[int, int]) -> None:
-    """Raises ValueError for indices out of range: sorting keeps no more bits of them than a size has."""
-    for axis, size in zip(index, sizes, strict=True):
-        if axis.size and not 0 <= axis.min() <= axis.max() < size:
-            raise ValueError(f"an index is outside 0 to {size - 1}: they run from {axis.min()} to {axis.max()}.")
 
 
 def _host(t: Any) -> np.ndarray:
