@@ -64,6 +64,7 @@ def table(tmp_path, monkeypatch):
     _measured._results.cache_clear()
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 def test_a_gpu_takes_the_kernel_that_was_measured_to_win_and_says_so_in_the_program(table):
     pattern = BlockPattern.random(jax.random.key(0), (64, 64), density=0.5, block=16)
     x, w = jnp.ones((128, 64), jnp.bfloat16), jnp.ones(pattern.values_shape, jnp.bfloat16)
