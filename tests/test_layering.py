@@ -73,7 +73,7 @@ TABLE = {
     "jaxsparse/files/_text.py": {"numpy", "jaxsparse._interop"} | FORMATS | FILES,
     "jaxsparse/files/layouts.py": {"numpy", "jaxsparse._indices", "jaxsparse._sizes", "jaxsparse.formats"},
     READS_TORCH: {"jax", "numpy", "torch", "jaxsparse.files"} | FILES,
-    "jaxsparse/files/weights.py": {"jax", "numpy"} | FORMATS,
+    "jaxsparse/files/weights.py": NUMERIC | FORMATS | {"scipy"},
     "jaxsparse/testing.py": NUMERIC | {"jaxsparse.formats", "jaxsparse.reference"},
 }
 PACKAGES = {"jaxsparse", "torch_bridge"}
