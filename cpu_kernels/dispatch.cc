@@ -1,5 +1,6 @@
 // The public functions: check every size and index pointer, then run the best instruction set.
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -103,6 +104,18 @@ bool use_isa(const char* name) {
   const KernelTable* table = named(name);
   if (table) chosen().store(table);
   return table != nullptr;
+}
+
+bool has_fast_gather() {
+  static const bool fast = [] {
+    char state[16] = "";
+    if (std::FILE* file = std::fopen("/sys/devices/system/cpu/vulnerabilities/gather_data_sampling", "r")) {
+      if (!std::fgets(state, sizeof state, file)) state[0] = 0;
+      std::fclose(file);
+    }
+    return std::strncmp(state, "Mitigation", 10) != 0;
+  }();
+  return fast;
 }
 
 std::string spmm(const Product& p, const Pool& pool) {

@@ -4,6 +4,7 @@
 #include "blocks.h"
 #include "blocks_outer.h"
 #include "narrow.h"
+#include "one_row.h"
 #include "unstructured_grads.h"
 
 #define STRING_(x) #x
@@ -28,7 +29,8 @@ bool with_dtype(Dtype dtype, F f) {
 bool run_spmm(const Product& p, const Pool& pool) {
   return with_dtype(p.dtype, [&](auto zero) {
     using S = decltype(zero);
-    if (p.depth == 1 && p.width == 1) return tiled_spmm<S, 4, false>(p, pool);
+    if (p.depth == 1 && p.width == 1)
+      return p.m == 1 ? one_row_spmm<S>(p, pool) : tiled_spmm<S, 4, false>(p, pool);
     return is_narrow<S>(p) ? tiled_spmm<S, 2, true>(p, pool) : block_spmm<S>(p, pool);
   });
 }

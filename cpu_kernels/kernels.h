@@ -70,6 +70,10 @@ std::string spmm_grads(const Gradients&, const Pool&);
 const char* isa();
 bool use_isa(const char* name);
 
+// Whether one instruction gathers a vector faster than a load for each lane. It does not where microcode guards
+// it against gather data sampling, as on Intel's server processors before Sapphire Rapids.
+bool has_fast_gather();
+
 // One compilation of the kernels per instruction set fills one of these.
 struct KernelTable {
   const char* name;

@@ -41,6 +41,17 @@ ALWAYS_INLINE int64_t add_entries(Sum<S>* sum, const Sum<S>* tile, const S* valu
   return k;
 }
 
+// Fetches `count` entries from the k-th on, as far as that pays.
+template <class S>
+ALWAYS_INLINE void fetch_entries(const Lines& lines, const S* values, int64_t k, int64_t count) {
+  const auto fetch = [](const void* from, int64_t bytes) {
+    for (int64_t i = 0; i < least<int64_t>(bytes, 4096); i += 64)
+      __builtin_prefetch(static_cast<const char*>(from) + i);
+  };
+  fetch(lines.index + k, count * sizeof(int32_t));
+  fetch(values + k, count * sizeof(S));
+}
+
 // All entries of lines [first, last) against one tile; sums is [last - first][NV * L].
 template <int L, int NV, class S, bool kOrdered>
 void add_lines(const Lines& lines, int64_t first, int64_t last, const Sum<S>* tile,
@@ -50,8 +61,13 @@ void add_lines(const Lines& lines, int64_t first, int64_t last, const Sum<S>* ti
   for (int64_t n = first; n < last; ++n) cursors[n - first] = lines.ptr[n];
   for (int64_t i = 0; i < (last - first) * T; i += L) store<L>(sums + i, Vector<Sum<S>, L>{});
   const int64_t slice = most<int64_t>(1, kSliceBytes / int64_t(T * sizeof(Sum<S>)));
+  // A short batch waits for memory: what the line after next reads in this slice is fetched ahead.
+  const int64_t each = (lines.ptr[last] - lines.ptr[first]) * least(slice, features) /
+                       most<int64_t>(1, features * (last - first));
   for (int64_t f = slice;; f += slice) {
     for (int64_t n = first; n < last; ++n) {
+      if constexpr (NV == 1 && !kOrdered)
+        if (slice < features && n + 2 < last) fetch_entries(lines, values, cursors[n + 2 - first], each);
       int32_t& k = cursors[n - first];
       k = static_cast<int32_t>(add_entries<L, NV, S>(sums + (n - first) * T, tile, values,
                                                      lines.index, order, k, lines.ptr[n + 1], f));

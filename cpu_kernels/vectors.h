@@ -206,6 +206,21 @@ ALWAYS_INLINE void keep(V& v) {
 #endif
 }
 
+// base[index[i]] in lane i; kByOne: by the instruction for it, where there is one for these types.
+template <int L, bool kByOne, class S>
+ALWAYS_INLINE Vector<Sum<S>, L> gather(const S* base, const int32_t* index) {
+#if defined(__AVX512F__)
+  if constexpr (kByOne && L == 16 && sizeof(S) == 4)
+    return bit_cast<Vector<Sum<S>, L>>(_mm512_i32gather_ps(_mm512_loadu_si512(index), base, 4));
+  if constexpr (kByOne && L == 8 && sizeof(S) == 8)
+    return bit_cast<Vector<Sum<S>, L>>(
+        _mm512_i32gather_pd(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), base, 8));
+#endif
+  Vector<Sum<S>, L> v;
+  for (int i = 0; i < L; ++i) v[i] = widen(base[index[i]]);
+  return v;
+}
+
 // The first `count` lanes only. The tails are calls: they are rare and would bloat every kernel.
 template <int L, class S>
 __attribute__((noinline)) void store_tail(S* p, Vector<Sum<S>, L> v, int64_t count) {

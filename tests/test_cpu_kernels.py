@@ -193,11 +193,12 @@ def first_set_to(array, value):
     ],
 )
 def test_a_bad_index_is_an_error_with_its_numbers(isa, block, field, value, transposed, words):
-    case = Case(64, (64, 64), block, 0.5, "float32")
+    case = Case(200, (64, 64), block, 0.5, "float32")
     bad = with_(case.index, **{field: first_set_to(getattr(case.index, field), value)})
-    with pytest.raises(Exception, match=words):
-        call = ck.spmm(case.x, case.blocks, bad, **case.sizes, transposed=transposed)
-        jax.block_until_ready(call)
+    for rows in (1, 64, 200):  # a kernel of its own, one tile, several
+        with pytest.raises(Exception, match=words):
+            call = ck.spmm(case.x[:rows], case.blocks, bad, **case.sizes, transposed=transposed)
+            jax.block_until_ready(call)
 
 
 def test_bad_shapes_and_dtypes_are_errors_with_their_numbers():

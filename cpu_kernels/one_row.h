@@ -1,0 +1,81 @@
+// The product of one batch row with 1 x 1 blocks: x stays as it lies, and each line gathers from it.
+//
+// Every entry is read once and nothing is packed, so that memory is the limit.
+#pragma once
+
+#include "micro.h"
+
+namespace jaxsparse_cpu {
+namespace {
+
+// How far ahead of their use values and indices are fetched: the hardware alone reaches two thirds of the rate.
+constexpr int64_t kFetchBytes = 4096;
+
+// The terms of one line, in sums that lie across the lanes.
+template <int L, class S, bool kOrdered, bool kByOne>
+ALWAYS_INLINE Vector<Sum<S>, L> gather_line(const Lines& lines, int64_t line, const Sum<S>* x,
+                                            const S* values) {
+  using V = Vector<Sum<S>, L>;
+  const int32_t *index = lines.index, *order = lines.order;
+  const int64_t end = lines.ptr[line + 1];
+  int64_t k = lines.ptr[line];
+  V total{};
+  while (k + L <= end) {
+    V run{};
+    for (const int64_t stop = least(end, k + kRun * L); k + L <= stop; k += L) {
+      __builtin_prefetch(reinterpret_cast<const char*>(index + k) + kFetchBytes);
+      if (!kOrdered) __builtin_prefetch(reinterpret_cast<const char*>(values + k) + kFetchBytes);
+      const V v = kOrdered ? gather<L, kByOne>(values, order + k) : load<L>(values + k);
+      run += v * gather<L, kByOne>(x, index + k);
+    }
+    total += run;
+  }
+  for (int i = 0; k < end; ++k, ++i) total[i] += widen(values[kOrdered ? order[k] : k]) * x[index[k]];
+  return total;
+}
+
+// y[first .. last); false where an index is out of range.
+template <class S, bool kOrdered, bool kByOne>
+bool gather_lines(const Product& p, const Sum<S>* x, int64_t first, int64_t last) {
+  constexpr int L = kLanes<Sum<S>>;
+  const S* bias = static_cast<const S*>(p.bias);
+  for (int64_t n = first; n < last; n += L) {
+    const int64_t count = least<int64_t>(L, last - n);
+    if (!in_range(p.lines, n, n + count)) return false;
+    Vector<Sum<S>, L> rows[L] = {};
+    for (int64_t i = 0; i < count; ++i)
+      rows[i] = gather_line<L, S, kOrdered, kByOne>(p.lines, n + i, x, static_cast<const S*>(p.values));
+    Vector<Sum<S>, L> y = sums<L>(rows);
+    if (bias) y += load_some<L>(bias + n, count);
+    store_some<L>(static_cast<S*>(p.y) + n, activate<Sum<S>, L>(y, p.activation), count);
+  }
+  return true;
+}
+
+template <class S>
+bool one_row_spmm(const Product& p, const Pool& pool) {
+  using A = Sum<S>;
+  const int workers = workers_for(pool, 24. * double(p.lines.entries));
+  const int64_t parts = workers == 1 ? 1 : ceil_div(p.lines.lines, kColumnsPerTask);
+  const int64_t stride = packed_stride<S>(p.in);
+  Scratch copy(sizeof(A) * stride + 1);
+  if (!copy.data()) return false;
+  A* widened = reinterpret_cast<A*>(copy.data());
+  const S* x = static_cast<const S*>(p.x);
+  if (stride) pack_rows(x, p.in, 0, 1, widened, stride);
+  const A* row = rows_of(x, p.in, widened, stride).data;
+  const bool by_one = kVectorBytes == 64 && has_fast_gather();
+  const auto lines = p.lines.order ? (by_one ? gather_lines<S, true, true> : gather_lines<S, true, false>)
+                                   : (by_one ? gather_lines<S, false, true> : gather_lines<S, false, false>);
+  Flag wrong;
+  const auto multiply = [&](int64_t part, int) {
+    const int64_t first = line_of_part(p.lines, part, parts), last = line_of_part(p.lines, part + 1, parts);
+    if (!lines(p, row, first, last)) wrong.raise();
+  };
+  const Phase phases[] = {phase(parts, multiply)};
+  run_phases(pool, workers, phases, 1);
+  return !wrong.up();
+}
+
+}  // namespace
+}  // namespace jaxsparse_cpu
