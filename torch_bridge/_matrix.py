@@ -41,8 +41,18 @@ def _prefers_dense(product: str, sizes: tuple[int, int, int]) -> bool:
     if _isa() == "portable":
         return features >= 16
     if product == "sample":
-        return features >= 64 and n * features >= 256
+        return features >= 64
     return features >= 512 or (features >= 256 and n < 8)
+
+
+@functools.cache
+def _is_torchs(sizes: tuple[int, int, int]) -> bool:
+    """Whether torch's own operators train a layer of `sizes` faster, a node of ours in the graph counted.
+
+    From `_IN_PLACE` on it pays to write their results where they belong, which such a node does.
+    """
+    n, features = sizes[0], min(sizes[1:])
+    return features >= 64 if n == 1 else 256 <= features < _IN_PLACE
 
 
 @functools.cache
@@ -167,12 +177,30 @@ class Diagonal:
             dx, for_x = self.T.multiply(dy, w, None), False
         if for_w and self._is_dense("sample", x):
             dw, for_w = self.sample(x, dy), False
-        if for_x or for_w or (for_bias and is_wide):
+        if for_bias and not (for_x or for_w):
+            db, for_bias = sum_of_rows(dy), False
+        if for_x or for_w:
             w, size_in = plain(w), self.sizes[0] * self.sizes[2 if self.transposed else 1]
             own_dx, own_dw, db = _results(dy, w, size_in, (for_x, for_w, for_bias and is_wide))
             _kernels().block_diag_backward(plain(x), dy, w, own_dx, own_dw, db, self.transposed)
             dx, dw = own_dx if for_x else dx, own_dw if for_w else dw
-        return dx, dw, db if is_wide or not for_bias else sum_of_rows(dy)
+        return dx, dw, sum_of_rows(dy) if for_bias and not is_wide else db
+
+    def is_torchs(self, x: Tensor) -> bool:
+        """Whether torch's own operators are the best there is in both directions, and need no node of ours."""
+        return x.dtype in _WIDE and _is_torchs(self.sizes)
+
+    def by_torch(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        """x W + bias by operators that torch differentiates itself."""
+        n, w = self.sizes[0], w.mT if self.transposed else w
+        if n == 1:
+            rows, w = x.reshape(x.shape[:-1].numel(), x.shape[-1]), w.squeeze(0)
+            y = rows @ w if bias is None else torch.addmm(bias, rows, w)
+        else:
+            blocks = x.reshape(x.shape[:-1].numel(), n, x.shape[-1] // n).transpose(0, 1)
+            y = torch.bmm(blocks, w) if bias is None else torch.baddbmm(bias.view(n, 1, -1), blocks, w)
+            y = y.transpose(0, 1)
+        return y.reshape(*x.shape[:-1], n * w.shape[-1])
 
     def _batched(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         """The same by one batched product of torch's, on float32 or float64."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
 from torch_bridge import _portable, _watch
-from torch_bridge._matrix import ACTIVATIONS, WHY_NOT, Matrix, sum_of_rows
+from torch_bridge._matrix import ACTIVATIONS, WHY_NOT, Diagonal, Matrix, sum_of_rows
 
 _ORDINARY = (Tensor, torch.nn.Parameter)  # whose memory is their own
 
@@ -58,6 +58,8 @@ def multiply(matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None = None, a
     if transforms:
         return _MultiplyUnderTransforms.apply(matrix, x, w, bias, *matrix.index)
     if torch.is_grad_enabled() and not activation:
+        if isinstance(matrix, Diagonal) and matrix.is_torchs(x):
+            return matrix.by_torch(x, w, bias)
         return Multiply.apply(matrix, x, w, bias)
     return _raw(matrix, "multiply", x, w, bias, activation)
 
