@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cpu_kernels import direct
+from torch_bridge._memory import in_large_pages
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # as the kernels have them
     "relu": F.relu,
@@ -47,12 +48,12 @@ def _prefers_dense(product: str, sizes: tuple[int, int, int]) -> bool:
 
 @functools.cache
 def _is_torchs(sizes: tuple[int, int, int]) -> bool:
-    """Whether torch's own operators train a layer of `sizes` faster, a node of ours in the graph counted.
+    """Whether a layer of `sizes` = (n, i, o) is faster by torch's own operators, a node of ours in the graph counted.
 
-    From `_IN_PLACE` on it pays to write their results where they belong, which such a node does.
+    From `_IN_PLACE` on it pays to write results where they belong and in large pages, which such a node does.
     """
     n, features = sizes[0], min(sizes[1:])
-    return features >= 64 if n == 1 else 256 <= features < _IN_PLACE
+    return (64 if n == 1 else 256 if n < 4 else 128) <= features < _IN_PLACE
 
 
 @functools.cache
@@ -93,7 +94,7 @@ class Sparse:
 
     def sample(self, x: Tensor, dy: Tensor) -> Tensor:
         x, dy = (dy, x) if self.transposed else (x, dy)
-        values = x.new_empty(self.values_shape)
+        values = in_large_pages(x.new_empty(self.values_shape))
         _kernels().sddmm(plain(x), plain(dy), self._plain_index()[:2], values, self.sizes)
         return values
 
@@ -164,7 +165,8 @@ class Diagonal:
     def sample(self, x: Tensor, dy: Tensor) -> Tensor:
         x, dy = (dy, x) if self.transposed else (x, dy)
         if self._is_dense("sample", x):
-            return torch.bmm(self._by_block(x).mT, self._by_block(dy))
+            out = in_large_pages(x.new_empty(self.sizes))
+            return torch.bmm(self._by_block(x).mT, self._by_block(dy), out=out)
         values = x.new_empty(self.sizes)
         _kernels().block_diag_outer(plain(x), plain(dy), values)
         return values
@@ -243,7 +245,7 @@ def plain(t: Tensor) -> Tensor:
 
 def like(x: Tensor, features: int) -> Tensor:
     """An empty tensor of the rows of x."""
-    return x.new_empty(*x.shape[:-1], features)  # twice as fast as with a tuple
+    return in_large_pages(x.new_empty(*x.shape[:-1], features))  # twice as fast as with a tuple
 
 
 def sum_of_rows(dy: Tensor) -> Tensor:
@@ -255,4 +257,5 @@ def _results(dy: Tensor, w: Tensor, features: int, wanted: Sequence[bool]) -> tu
     """Empty gradients for one call of a kernel, which sums rows of wide numbers only."""
     for_x, for_w, for_bias = wanted
     db = dy.new_empty(dy.shape[-1]) if for_bias else None
-    return like(dy, features) if for_x else None, torch.empty_like(w) if for_w else None, db
+    dw = in_large_pages(torch.empty_like(w)) if for_w else None
+    return like(dy, features) if for_x else None, dw, db

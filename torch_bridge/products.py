@@ -57,9 +57,10 @@ def multiply(matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None = None, a
         return ACTIVATIONS[activation](multiply(matrix, x, w, bias))
     if transforms:
         return _MultiplyUnderTransforms.apply(matrix, x, w, bias, *matrix.index)
+    if isinstance(matrix, Diagonal) and matrix.is_torchs(x):
+        y = matrix.by_torch(x, w, bias)
+        return ACTIVATIONS[activation](y) if activation else y
     if torch.is_grad_enabled() and not activation:
-        if isinstance(matrix, Diagonal) and matrix.is_torchs(x):
-            return matrix.by_torch(x, w, bias)
         return Multiply.apply(matrix, x, w, bias)
     return _raw(matrix, "multiply", x, w, bias, activation)
 
