@@ -1,8 +1,8 @@
 """Memory for large results, in large pages.
 
-What the C library maps for an allocation above 32 MiB goes back to the system with the tensor. So the gradient of a large
-weight is new memory in every step, which the system clears page by page: in pages of 4 KiB that takes longer than many
-a product. In pages of 2 MiB it takes a third.
+What the C library maps for an allocation above 32 MiB goes back to the system with the tensor. So the gradient of a
+large weight is new memory in every step, which the system clears page by page. In pages of 4 KiB that takes longer than
+many a product; in pages of 2 MiB it takes a third.
 """
 
 from __future__ import annotations
