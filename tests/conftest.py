@@ -19,10 +19,22 @@ limit = 1200 * 2**20  # bytes
 # .ci/run has the products tested with this setting too.
 UNOPTIMIZED = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0"
 jax.config.update("jax_disable_most_optimizations", UNOPTIMIZED)
+# XLA's older way to make code of what it fuses takes a third of the time. Newer versions have no such option.
+OLDER_FUSIONS = "--xla_cpu_use_fusion_emitters=false"
 
 
 # JAX's persistent cache, for the length of one run: workers, and processes that tests start, compile a program once.
 SHARED = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
+
+
+def pytest_sessionstart():
+    """Lets XLA read its options, which other processes are to be without."""
+    if not UNOPTIMIZED or jax.__version_info__ >= (0, 11):
+        return
+    given = os.environ.get("XLA_FLAGS")
+    os.environ["XLA_FLAGS"] = f"{given or ''} {OLDER_FUSIONS}"
+    jax.jit(lambda: 0)()
+    os.environ.pop("XLA_FLAGS") if given is None else os.environ.update(XLA_FLAGS=given)
 
 
 def pytest_configure(config):
@@ -58,6 +70,10 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", UNOPTIMIZED)
+
+
+# XLA's older way to make code of what it fuses takes a third of the time. Newer versions have no such option.
+OLDER_FUSIONS = "--xla_cpu_use_fusion_emitters=false"
 
 
 def pytest_runtest_logfinish():
