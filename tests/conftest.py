@@ -21,15 +21,14 @@ UNOPTIMIZED = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0"
 jax.config.update("jax_disable_most_optimizations", UNOPTIMIZED)
 # XLA's older way to make code of what it fuses takes a third of the time. Newer versions have no such option.
 OLDER_FUSIONS = "--xla_cpu_use_fusion_emitters=false"
-
-
 # JAX's persistent cache, for the length of one run: workers, and processes that tests start, compile a program once.
 SHARED = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
 
 
-def pytest_sessionstart():
-    """Lets XLA read its options, which other processes are to be without."""
-    if not UNOPTIMIZED or jax.__version_info__ >= (0, 11):
+def pytest_sessionstart(session):
+    """Lets XLA read its options, which the processes that tests start are to be without."""
+    runs_no_tests = session.config.getoption("dist", "no") != "no"  # but starts workers that do
+    if runs_no_tests or not UNOPTIMIZED or jax.__version_info__ >= (0, 11):
         return
     given = os.environ.get("XLA_FLAGS")
     os.environ["XLA_FLAGS"] = f"{given or ''} {OLDER_FUSIONS}"
