@@ -21,8 +21,8 @@ test: $(VENV)/.ready
 	@$(PYTEST) $(TESTS)
 
 test-all: $(VENV)/.ready
-	@echo "test-all: the slow ones too: sweeps, fuzz, processes, sanitizers and examples, half an hour on two cores"
-	@JAXSPARSE_FUZZ_EXAMPLES=$${JAXSPARSE_FUZZ_EXAMPLES:-2000} $(PYTEST) --all $(TESTS)
+	@echo "test-all: the slow ones too: sweeps, fuzz, processes, sanitizers and examples, some 20 minutes on two cores"
+	@JAXSPARSE_FUZZ_EXAMPLES=$${JAXSPARSE_FUZZ_EXAMPLES:-600} $(PYTEST) --all --durations=25 $(TESTS)
 
 check: $(VENV)/.ready
 	@echo "check: formatting, lint and types"

@@ -1,9 +1,11 @@
-"""What holds for all tests: which ones are slow, how XLA compiles, when its programs are dropped; shared fixtures."""
+"""What holds for all tests: which ones are slow, how XLA compiles, what becomes of its programs; shared fixtures."""
 
 import ctypes
 import gc
 import mmap
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -17,6 +19,34 @@ limit = 1200 * 2**20  # bytes
 # .ci/run has the products tested with this setting too.
 UNOPTIMIZED = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0"
 jax.config.update("jax_disable_most_optimizations", UNOPTIMIZED)
+# XLA's older way to make code of what it fuses takes a third of the time. Newer versions have no such option.
+OLDER_FUSIONS = "--xla_cpu_use_fusion_emitters=false"
+# JAX's persistent cache, for the length of one run: workers, and processes that tests start, compile a program once.
+SHARED = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
+
+
+def pytest_sessionstart(session):
+    """Lets XLA read its options, which the processes that tests start are to be without."""
+    runs_no_tests = session.config.getoption("dist", "no") != "no"  # but starts workers that do
+    if runs_no_tests or not UNOPTIMIZED or jax.__version_info__ >= (0, 11):
+        return
+    given = os.environ.get("XLA_FLAGS")
+    os.environ["XLA_FLAGS"] = f"{given or ''} {OLDER_FUSIONS}"
+    jax.jit(lambda: 0)()
+    os.environ.pop("XLA_FLAGS") if given is None else os.environ.update(XLA_FLAGS=given)
+
+
+def pytest_configure(config):
+    """Makes the cache of compiled programs; workers and other processes find it in their environment."""
+    # Who reads an entry that another process is writing compiles for itself.
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry:UserWarning")
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = tempfile.mkdtemp(prefix="jaxsparse-programs-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    for name, value in {"jax_compilation_cache_dir": folder, **SHARED}.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 def pytest_addoption(parser):
@@ -39,6 +69,10 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", UNOPTIMIZED)
+
+
+# XLA's older way to make code of what it fuses takes a third of the time. Newer versions have no such option.
+OLDER_FUSIONS = "--xla_cpu_use_fusion_emitters=false"
 
 
 def pytest_runtest_logfinish():

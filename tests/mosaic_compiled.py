@@ -12,6 +12,7 @@ import sys
 import tempfile
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_PTX": "1"}
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what comes from a cache is heard from no compiler
 sys.path.insert(0, sys.argv[1])
 
 import jax

@@ -16,19 +16,31 @@ EPSILON = {"float32": 2**-23, "float64": 2**-52, "bfloat16": 2**-7, "float16": 2
 
 @pytest.fixture(params=ISAS)
 def isa(request):
-    before = ck.isa()
     try:
         ck.use_isa(request.param)
     except ValueError as lacking:
         pytest.skip(str(lacking))
-    yield request.param
-    ck.use_isa(before)
+    return request.param
+
+
+def each_isa_here():
+    """Every instruction set of this machine, in use while the loop is at it. Tests with `isa` say which ones lack."""
+    for name in ISAS:
+        try:
+            ck.use_isa(name)
+        except ValueError:
+            assert name != "portable"
+            continue
+        yield name
 
 
 @pytest.fixture(autouse=True)
 def _float64():
+    """And the instruction set as it was before."""
+    before = ck.isa()
     with jax.enable_x64(True):
         yield
+    ck.use_isa(before)
 
 
 def pattern_of(mask):
@@ -84,12 +96,13 @@ def wide(x):
     return np.asarray(x, np.float64)
 
 
-def assert_close(got, truth, terms, dtype):
+def assert_close(got, truth, terms, dtype, what=""):
     """Within one rounding of the result and the usual growth of `terms` float32 sums."""
     epsilon = EPSILON[jnp.dtype(dtype).name]
     sums = EPSILON["float32"] if epsilon > 2**-30 else epsilon
     scale = np.max(np.abs(truth), initial=0) + 1
-    np.testing.assert_allclose(wide(got), truth, rtol=epsilon, atol=4 * sums * scale * max(terms, 1) ** 0.5)
+    atol = 4 * sums * scale * max(terms, 1) ** 0.5
+    np.testing.assert_allclose(wide(got), truth, rtol=epsilon, atol=atol, err_msg=what)
 
 
 SHAPES = [(37, 53), (64, 64), (130, 70), (5, 3)]
@@ -97,24 +110,34 @@ BLOCKS = [(1, 1), (8, 8), (16, 16), (32, 32), (64, 64), (4, 12), (5, 7), (3, 40)
 BATCHES = [0, 1, 3, 17, 70]
 
 
+def products(case, x, dy, blocks, index):
+    """Every product of a case by the kernels; of single entries also both gradients by one."""
+    index = types.SimpleNamespace(**index)
+    found = {
+        "y": ck.spmm(x, blocks, index, **case.sizes),
+        "dx": ck.spmm(dy, blocks, index, **case.sizes, transposed=True),
+        "dW": ck.sddmm(x, dy, index, **case.sizes),
+    }
+    if case.block == (1, 1):
+        found["fused dx"], found["fused dW"] = ck.spmm_grads(x, dy, blocks, index, **case.sizes)
+    return found
+
+
 @pytest.mark.parametrize("dtype", list(EPSILON))
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.parametrize("shape", mostly_slow(SHAPES), ids=str)
-def test_products_and_gradients_match_the_dense_product(isa, shape, block, dtype):
-    for m in BATCHES:
-        case = Case(m, shape, block, 0.4, dtype)
-        x, dy, dense = wide(case.x), wide(case.dy), case.dense
-        y = ck.spmm(case.x, case.blocks, case.index, **case.sizes)
-        assert y.dtype == case.dtype
-        assert_close(y, x @ dense, shape[0], dtype)
-        dx = ck.spmm(case.dy, case.blocks, case.index, **case.sizes, transposed=True)
-        assert_close(dx, dy @ dense.T, shape[1], dtype)
-        dw = ck.sddmm(case.x, case.dy, case.index, **case.sizes)
-        assert_close(dw, case.sample(x.T @ dy), m, dtype)
-        if block == (1, 1):
-            dx, dw = ck.spmm_grads(case.x, case.dy, case.blocks, case.index, **case.sizes)
-            assert_close(dx, dy @ dense.T, shape[1], dtype)
-            assert_close(dw, case.sample(x.T @ dy), m, dtype)
+def test_products_and_gradients_match_the_dense_product(shape, block, dtype):
+    cases = [Case(m, shape, block, 0.4, dtype) for m in BATCHES]
+    operands = [(case.x, case.dy, case.blocks, vars(case.index)) for case in cases]
+    program = jax.jit(lambda all: [products(case, *each) for case, each in zip(cases, all, strict=True)])
+    for isa in each_isa_here():
+        for m, case, got in zip(BATCHES, cases, program(operands), strict=True):
+            x, dy, dense = wide(case.x), wide(case.dy), case.dense
+            dw = case.sample(x.T @ dy)
+            truth = {"y": (x @ dense, shape[0]), "dx": (dy @ dense.T, shape[1]), "dW": (dw, m)}
+            for name, value in got.items():
+                assert value.dtype == case.dtype
+                assert_close(value, *truth[name.removeprefix("fused ")], dtype, f"{name}, {isa}, batch {m}")
 
 
 @pytest.mark.parametrize("dtype", list(EPSILON))
@@ -129,20 +152,32 @@ def test_bias_and_activation_come_before_the_rounding(isa, block, activation, dt
 
 @pytest.mark.parametrize("dtype", list(EPSILON))
 @pytest.mark.parametrize("sizes", [(1, 64, 64), (4, 16, 24), (3, 5, 7), (2, 130, 33)], ids=str)
-def test_block_diagonal_products_match_an_einsum(isa, sizes, dtype):
+def test_block_diagonal_products_match_an_einsum(sizes, dtype):
     n, i, o = sizes
     rng = np.random.default_rng(1)
     blocks = jnp.asarray(rng.standard_normal(sizes), dtype)
-    for m in BATCHES:
-        x = jnp.asarray(rng.standard_normal((m, n * i)), dtype)
-        dy = jnp.asarray(rng.standard_normal((m, n * o)), dtype)
-        x3, dy3 = wide(x).reshape(m, n, i), wide(dy).reshape(m, n, o)
-        y = np.einsum("bni,nio->bno", x3, wide(blocks)).reshape(m, n * o)
-        assert_close(ck.block_diag_matmul(x, blocks), y, i, dtype)
-        dx = np.einsum("bno,nio->bni", dy3, wide(blocks)).reshape(m, n * i)
-        assert_close(ck.block_diag_matmul(dy, blocks, transposed=True), dx, o, dtype)
-        dw = np.einsum("bni,bno->nio", x3, dy3)
-        assert_close(ck.block_diag_outer(x, dy, n), dw, m, dtype)
+    operands = [
+        (jnp.asarray(rng.standard_normal((m, n * i)), dtype), jnp.asarray(rng.standard_normal((m, n * o)), dtype))
+        for m in BATCHES
+    ]
+
+    @jax.jit
+    def program(operands, blocks):
+        return [
+            (
+                ck.block_diag_matmul(x, blocks),
+                ck.block_diag_matmul(dy, blocks, transposed=True),
+                ck.block_diag_outer(x, dy, n),
+            )
+            for x, dy in operands
+        ]
+
+    for isa in each_isa_here():
+        for m, (x, dy), (y, dx, dw) in zip(BATCHES, operands, program(operands, blocks), strict=True):
+            what, x3, dy3 = f"{isa}, batch {m}", wide(x).reshape(m, n, i), wide(dy).reshape(m, n, o)
+            assert_close(y, np.einsum("bni,nio->bno", x3, wide(blocks)).reshape(m, n * o), i, dtype, what)
+            assert_close(dx, np.einsum("bno,nio->bni", dy3, wide(blocks)).reshape(m, n * i), o, dtype, what)
+            assert_close(dw, np.einsum("bni,bno->nio", x3, dy3), m, dtype, what)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.02, 1.0])

@@ -51,7 +51,8 @@ def run(name: str, *args, cwd: Path, extra_path: str = "", fails: bool = False) 
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / f"{name}.py"), *map(str, args)],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        # Its user has no cache of compiled programs.
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "JAX_ENABLE_COMPILATION_CACHE": "false"},
         capture_output=True,
         text=True,
     )

@@ -1,6 +1,6 @@
 """Random trees, keys, dtypes and patterns, saved, loaded and converted: nothing is lost.
 
-JAXSPARSE_FUZZ_EXAMPLES=100000 runs it for longer, and `make test-all` with 2000.
+JAXSPARSE_FUZZ_EXAMPLES=100000 runs it for longer, and `make test-all` with 600.
 """
 
 import collections
