@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import os
 import pathlib
 import re
 
@@ -41,10 +42,17 @@ def why_not_opened() -> str | None:
             f"{_NAME} was not built. Install a C++17 compiler (g++ 10 or clang 14 and newer) and reinstall jaxsparse."
         )
     try:
-        opened()
+        library = opened()
     except OSError as error:
         return f"{_NAME} can't be loaded: {error}"
-    return None
+    return _why_not_isa(library, os.environ.get("JAXSPARSE_CPU_ISA"))
+
+
+def _why_not_isa(library: ctypes.CDLL, wish: str | None) -> str | None:
+    """An instruction set that was asked for by name is used, or refused: it may be misspelt."""
+    if not wish or library.jaxsparse_cpu_use_isa(wish.encode()):
+        return None
+    return f"JAXSPARSE_CPU_ISA is {wish!r}, which can't run here. Give avx512, avx2 or portable, or unset it."
 
 
 # A jaxlib serves handlers built for its own C API or an older one. With a newer one it would

@@ -9,6 +9,7 @@ import pytest
 from sweeps import mostly_slow
 
 import cpu_kernels as ck
+from cpu_kernels import _library
 
 ISAS = ("portable", "avx2", "avx512")
 EPSILON = {"float32": 2**-23, "float64": 2**-52, "bfloat16": 2**-7, "float16": 2**-10}
@@ -271,3 +272,12 @@ def test_a_library_newer_than_jaxlib_is_refused_before_it_is_registered():
 def test_the_comparison_can_fail():
     with pytest.raises(AssertionError):
         assert_close(np.zeros((4, 4)), np.eye(4), 4, "float32")
+
+
+def test_an_instruction_set_that_is_misspelt_is_refused_by_name(monkeypatch):
+    monkeypatch.setenv("JAXSPARSE_CPU_ISA", "avx513")
+    before = ck.isa()
+    assert "JAXSPARSE_CPU_ISA is 'avx513'" in (_library.why_not_opened.__wrapped__() or "")
+    assert ck.isa() == before
+    monkeypatch.setenv("JAXSPARSE_CPU_ISA", before)
+    assert _library.why_not_opened.__wrapped__() is None
