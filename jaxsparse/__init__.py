@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxsparse._backends import why_not
+    from jaxsparse.costs.explaining import explain
+    from jaxsparse.costs.measuring import measure
     from jaxsparse.formats import BlockPattern
     from jaxsparse.linen import BlockDiagDense, BlockSparseDense, SparseDense
     from jaxsparse.nnx import BlockDiagLinear, BlockSparseLinear, SparseLinear
@@ -22,6 +24,8 @@ __all__ = [
     "SparseLinear",
     "block_diag_matmul",
     "decay_mask",
+    "explain",
+    "measure",
     "sddmm",
     "spmm",
     "why_not",
@@ -31,6 +35,8 @@ __all__ = [
 _HOMES = {
     "BlockPattern": "jaxsparse.formats",
     "decay_mask": "jaxsparse.roles",
+    "explain": "jaxsparse.costs.explaining",
+    "measure": "jaxsparse.costs.measuring",
     "why_not": "jaxsparse._backends",
     **dict.fromkeys(("block_diag_matmul", "sddmm", "spmm"), "jaxsparse.ops"),
     **dict.fromkeys(("BlockDiagDense", "BlockSparseDense", "SparseDense"), "jaxsparse.linen"),
