@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxsparse._backends import why_not
+    from jaxsparse._devices import devices
     from jaxsparse.formats import BlockPattern
     from jaxsparse.linen import BlockDiagDense, BlockSparseDense, SparseDense
     from jaxsparse.nnx import BlockDiagLinear, BlockSparseLinear, SparseLinear
@@ -22,6 +23,7 @@ __all__ = [
     "SparseLinear",
     "block_diag_matmul",
     "decay_mask",
+    "devices",
     "sddmm",
     "spmm",
     "why_not",
@@ -31,6 +33,7 @@ __all__ = [
 _HOMES = {
     "BlockPattern": "jaxsparse.formats",
     "decay_mask": "jaxsparse.roles",
+    "devices": "jaxsparse._devices",
     "why_not": "jaxsparse._backends",
     **dict.fromkeys(("block_diag_matmul", "sddmm", "spmm"), "jaxsparse.ops"),
     **dict.fromkeys(("BlockDiagDense", "BlockSparseDense", "SparseDense"), "jaxsparse.linen"),

@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,15 @@ NUMERIC = {"jax", "numpy", "jaxtyping"}
 BASE = {"jaxsparse._indices", "jaxsparse._sizes"}
 FORMATS = BASE | {"jaxsparse.formats"}
 FILES = {"jaxsparse.files._limits", "jaxsparse.files.layouts", "jaxsparse.files.weights"}
-READS_TORCH = "jaxsparse/files/_torch.py"  # what torch.save wrote, torch alone can read
+# What torch.save wrote, torch alone can read; and the top of the house says what torch does where it is installed.
+KNOW_TORCH = {"jaxsparse/files/_torch.py": {"torch"}, "jaxsparse/_devices.py": {"torch"}}
 OPS = FORMATS | {"jaxsparse.ops"}
 PRODUCTS = {"jaxsparse._backends", *(f"jaxsparse.products.{name}" for name in ("_epilogue", "_rules", "_shards"))}
 # file -> what it may import beyond the standard library; "scipy" only where a user hands such a matrix in
 TABLE = {
     "jaxsparse/__init__.py": {
         "jaxsparse._backends",
+        "jaxsparse._devices",
         "jaxsparse.formats",
         "jaxsparse.ops",
         "jaxsparse.linen",
@@ -72,8 +75,16 @@ TABLE = {
     "jaxsparse/files/_npz.py": {"numpy", "scipy", "jaxsparse.formats"} | FILES,
     "jaxsparse/files/_text.py": {"numpy", "jaxsparse._interop"} | FORMATS | FILES,
     "jaxsparse/files/layouts.py": {"numpy", "jaxsparse._indices", "jaxsparse._sizes", "jaxsparse.formats"},
-    READS_TORCH: {"jax", "numpy", "torch", "jaxsparse.files"} | FILES,
+    "jaxsparse/files/_torch.py": {"jax", "numpy", "torch", "jaxsparse.files"} | FILES,
     "jaxsparse/files/weights.py": NUMERIC | FORMATS | {"scipy"},
+    "jaxsparse/_text.py": {"rich"},
+    "jaxsparse/_devices.py": {"jax", "torch", "cpu_kernels", "jaxsparse._backends", "jaxsparse._measured"}
+    | {"jaxsparse._devices_table", "jaxsparse._text"},
+    "jaxsparse/_devices_table.py": {"rich", "jaxsparse._devices"},
+    "jaxsparse/__main__.py": {"jaxsparse.cli"},
+    "jaxsparse/cli/__init__.py": {"typer"},
+    "jaxsparse/cli/_output.py": {"rich"},
+    "jaxsparse/cli/devices.py": {"typer", "jaxsparse._devices", "jaxsparse.cli._output"},
     "jaxsparse/testing.py": NUMERIC | {"jaxsparse.formats", "jaxsparse.reference"},
 }
 PACKAGES = {"jaxsparse", "torch_bridge"}
@@ -171,8 +182,17 @@ SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
 
 def imported(path: Path) -> set[str]:
     """Every module that a file imports anywhere, `from jaxsparse import x` as jaxsparse.x."""
+    return names_of(ast.walk(ast.parse(path.read_text())), path)
+
+
+def imported_at_once(path: Path) -> set[str]:
+    """Those at the top of a file."""
+    return names_of(ast.parse(path.read_text()).body, path)
+
+
+def names_of(nodes: Iterable[ast.AST], path: Path) -> set[str]:
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -223,11 +243,13 @@ def test_the_dialects_know_nothing_of_each_other():
 def test_nothing_below_imports_torch():
     for path in SOURCES:
         foreign = {n for n in imported(path) if n.split(".")[0] in ("torch", "torch_bridge")}
-        if str(path.relative_to(ROOT)) == READS_TORCH:  # within functions, when there is such a file
-            top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
-            assert foreign == {"torch"} and "torch" not in {a.name for node in top for a in node.names}
-        else:
-            assert not foreign, path
+        assert foreign == KNOW_TORCH.get(str(path.relative_to(ROOT)), set()), path
+        assert not {n for n in imported_at_once(path) if n.split(".")[0] in ("torch", "torch_bridge")}, path
+
+
+def test_a_command_imports_typer_alone_before_it_runs():
+    for path in ROOT.glob("jaxsparse/cli/*.py"):
+        assert all(allowed(name, {"typer"}) for name in imported_at_once(path)), path
 
 
 def test_the_check_sees_a_forbidden_import():
