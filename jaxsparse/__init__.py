@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jaxsparse._backends import why_not
     from jaxsparse._devices import devices
+    from jaxsparse._summary import summary
     from jaxsparse.formats import BlockPattern
     from jaxsparse.linen import BlockDiagDense, BlockSparseDense, SparseDense
     from jaxsparse.nnx import BlockDiagLinear, BlockSparseLinear, SparseLinear
@@ -26,6 +27,7 @@ __all__ = [
     "devices",
     "sddmm",
     "spmm",
+    "summary",
     "why_not",
 ]
 
@@ -34,6 +36,7 @@ _HOMES = {
     "BlockPattern": "jaxsparse.formats",
     "decay_mask": "jaxsparse.roles",
     "devices": "jaxsparse._devices",
+    "summary": "jaxsparse._summary",
     "why_not": "jaxsparse._backends",
     **dict.fromkeys(("block_diag_matmul", "sddmm", "spmm"), "jaxsparse.ops"),
     **dict.fromkeys(("BlockDiagDense", "BlockSparseDense", "SparseDense"), "jaxsparse.linen"),

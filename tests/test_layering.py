@@ -13,7 +13,11 @@ BASE = {"jaxsparse._indices", "jaxsparse._sizes"}
 FORMATS = BASE | {"jaxsparse.formats"}
 FILES = {"jaxsparse.files._limits", "jaxsparse.files.layouts", "jaxsparse.files.weights"}
 # What torch.save wrote, torch alone can read; and the top of the house says what torch does where it is installed.
-KNOW_TORCH = {"jaxsparse/files/_torch.py": {"torch"}, "jaxsparse/_devices.py": {"torch"}}
+KNOW_TORCH = {
+    "jaxsparse/files/_torch.py": {"torch"},
+    "jaxsparse/_devices.py": {"torch"},
+    "jaxsparse/_summary.py": {"torch_bridge.summary"},
+}
 OPS = FORMATS | {"jaxsparse.ops"}
 PRODUCTS = {"jaxsparse._backends", *(f"jaxsparse.products.{name}" for name in ("_epilogue", "_rules", "_shards"))}
 # file -> what it may import beyond the standard library; "scipy" only where a user hands such a matrix in
@@ -21,6 +25,7 @@ TABLE = {
     "jaxsparse/__init__.py": {
         "jaxsparse._backends",
         "jaxsparse._devices",
+        "jaxsparse._summary",
         "jaxsparse.formats",
         "jaxsparse.ops",
         "jaxsparse.linen",
@@ -81,6 +86,9 @@ TABLE = {
     "jaxsparse/_devices.py": {"jax", "torch", "cpu_kernels", "jaxsparse._backends", "jaxsparse._measured"}
     | {"jaxsparse._devices_table", "jaxsparse._text"},
     "jaxsparse/_devices_table.py": {"rich", "jaxsparse._devices"},
+    "jaxsparse/_summary.py": {"rich", "jaxsparse._summary_flax", "jaxsparse._text", "torch_bridge.summary"},
+    "jaxsparse/_summary_flax.py": {"jax", "flax", "jaxsparse._summary", "jaxsparse.formats"}
+    | {"jaxsparse.linen", "jaxsparse.nnx"},
     "jaxsparse/__main__.py": {"jaxsparse.cli"},
     "jaxsparse/cli/__init__.py": {"typer"},
     "jaxsparse/cli/_output.py": {"rich"},
@@ -112,6 +120,7 @@ BRIDGE = {
     "_whole.py": set(),
     "checkpoint.py": set(),
     "roles.py": {"nn"},
+    "summary.py": {"_linear", "nn"},
     "dlpack.py": {"_errors", "_process", "_views", "_watch"},
     "flat_op.py": set(),
     "abstract.py": {"_errors", "_watch"},
@@ -176,6 +185,7 @@ SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
     "dynamic.py": {"jaxsparse.dynamic"},
     "nn.py": {"jaxsparse._arguments", "jaxsparse.formats"},
     "patch.py": {"jaxsparse._rules"},
+    "summary.py": {"jaxsparse._summary"},
     "hugging_face.py": {"jaxsparse._rules", "jaxsparse._sizes"},
 }
 
