@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jaxsparse._backends import why_not
     from jaxsparse._devices import devices
+    from jaxsparse._picture import plot_pattern
     from jaxsparse._summary import summary
     from jaxsparse.formats import BlockPattern
     from jaxsparse.linen import BlockDiagDense, BlockSparseDense, SparseDense
@@ -25,6 +26,7 @@ __all__ = [
     "block_diag_matmul",
     "decay_mask",
     "devices",
+    "plot_pattern",
     "sddmm",
     "spmm",
     "summary",
@@ -36,6 +38,7 @@ _HOMES = {
     "BlockPattern": "jaxsparse.formats",
     "decay_mask": "jaxsparse.roles",
     "devices": "jaxsparse._devices",
+    "plot_pattern": "jaxsparse._picture",
     "summary": "jaxsparse._summary",
     "why_not": "jaxsparse._backends",
     **dict.fromkeys(("block_diag_matmul", "sddmm", "spmm"), "jaxsparse.ops"),

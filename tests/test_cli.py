@@ -5,11 +5,15 @@ import json
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
+import scipy.sparse
+from flax import nnx
 
 import cpu_kernels
 import jaxsparse
-from jaxsparse import _devices, _measured, cli
+from jaxsparse import BlockPattern, _devices, _matrices, _measured, checkpoint, cli
 from jaxsparse._measured import Result, Workload
 
 LIBRARY = pytest.mark.skipif(cpu_kernels.library_file() is None, reason="the CPU kernels were not built")
@@ -89,3 +93,114 @@ def test_devices_shows_what_was_measured_on_the_gpu_here(monkeypatch, tmp_path):
     assert "Measured on NVIDIA H100" in str(found) and "3.25" in str(found)
     assert "No measurement of another: XLA is the default on it." in str(found)
     assert found.as_dict()["gpus"][0]["results"][0]["workload"]["rows"] == 4096
+
+
+# ---- show -------------------------------------------------------------------------------------------------
+
+MASK = np.tri(6, 8, 2, bool) & (np.arange(8) != 4)  # an empty output, and 1 to 7 inputs of the others
+
+
+def saved(path, mask=MASK, scale=1.0, block=(1, 1)):
+    pattern = BlockPattern.from_mask(mask, block)
+    checkpoint.save(path, {"first": {"kernel": scale * np.ones(pattern.values_shape, np.float32), "pattern": pattern}})
+    return str(path)
+
+
+def test_show_tells_densities_empty_lines_and_degrees(tmp_path, capsys):
+    assert run("show", saved(tmp_path / "a"), "--json") == 0
+    (layer,) = told(capsys)["layers"]
+    assert (layer["path"], layer["shape"], layer["block"], layer["nnzb"]) == ("first", [6, 8], [1, 1], MASK.sum())
+    outputs, inputs = layer["degrees"]["outputs"], layer["degrees"]["inputs"]
+    assert (outputs["empty"], outputs["least"], outputs["most"]) == (1, 0, MASK.sum(0).max())
+    assert (inputs["empty"], inputs["median"]) == (0, np.median(MASK.sum(1)))
+    assert sum(outputs["counts"]) == 8 and sum(inputs["counts"]) == 6
+
+
+def test_show_draws_the_pattern_in_characters_and_in_a_file(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    assert run("show", saved(tmp_path / "a"), "--png", str(tmp_path / "a.png")) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    drawn = ["".join("██" if stored else "  " for stored in row).strip() for row in MASK]
+    assert all(line in lines for line in drawn)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_show_diff_counts_what_moved_and_says_so_by_its_exit_code(tmp_path, capsys):
+    a, same = saved(tmp_path / "a"), saved(tmp_path / "same")
+    other = MASK.copy()
+    other[0, 0], other[0, 7], other[0, 6] = False, True, True
+    b = saved(tmp_path / "b", other, scale=1.5)
+    assert run("show", a, "--diff", same) == 0
+    capsys.readouterr()
+    assert run("show", a, "--diff", b, "--json") == cli.FOUND
+    moved = told(capsys)["moved"]["first"]
+    assert (moved["kept"], moved["gone"], moved["grown"]) == (MASK.sum() - 1, 1, 2)
+    assert moved["change"] == pytest.approx(0.5)
+    assert run("show", a, "--diff", saved(tmp_path / "c", MASK[:, :6])) == cli.FOUND
+    assert "6x8 became 6x6" in capsys.readouterr().out
+    assert run("show", a, "--diff", saved(tmp_path / "d", block=2), "--png", str(tmp_path / "d.png")) == cli.FOUND
+    assert "blocks of 1x1 became 2x2" in capsys.readouterr().out
+
+
+def test_what_show_cannot_read_is_one_line_and_exit_code_2(tmp_path, capsys):
+    (tmp_path / "text").write_text("nothing")
+    np.save(tmp_path / "array.npy", np.ones(3))
+    checkpoint.save(tmp_path / "empty", {"bias": np.ones(3)})
+    for name, says in {"none": "no such file", "text": "can't be read", "empty": "holds no weight matrix"}.items():
+        assert run("show", str(tmp_path / name)) == cli.BAD_INPUT
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("jaxsparse: ") and says in line
+    assert run("show", saved(tmp_path / "a"), "--layers", "second") == cli.BAD_INPUT
+    assert "there are first" in capsys.readouterr().err
+    assert run("show") == cli.BAD_INPUT and "Missing argument 'FILE'" in capsys.readouterr().err
+
+
+def stored(found: dict) -> list:
+    return [(name, m.stored, m.shape, m.pattern and m.pattern.nnzb) for name, m in found.items()]
+
+
+LAYERS = [("layers.0", "sparse", (8, 6), 12), ("layers.1", "blocks", (6, 7), 6), ("layers.2", "dense", (7, 3), None)]
+
+
+def net() -> nnx.Module:
+    rngs = nnx.Rngs(0)
+    layers = (
+        jaxsparse.SparseLinear(8, 6, density=0.25, rngs=rngs),
+        jaxsparse.BlockSparseLinear(6, 7, density=0.5, block=2, rngs=rngs),
+    )
+    return nnx.Sequential(*layers, nnx.Linear(7, 3, rngs=rngs))
+
+
+def test_matrices_are_found_in_an_nnx_state_and_in_what_orbax_saved_of_it(tmp_path):
+    state = nnx.state(net())
+    checkpoint.save(tmp_path / "ours", state)
+    assert stored(_matrices.read(tmp_path / "ours")) == LAYERS
+    ocp = pytest.importorskip("orbax.checkpoint", reason="orbax is not installed")
+    with ocp.CheckpointManager(tmp_path / "steps") as manager:
+        for step in (3, 20):
+            manager.save(step, args=ocp.args.StandardSave(nnx.to_pure_dict(state)))
+    found = _matrices.read(tmp_path / "steps")
+    assert stored(found) == LAYERS
+    np.testing.assert_array_equal(found["layers.0"].values, state["layers"][0]["kernel"][...])
+
+
+def test_matrices_are_found_in_linens_collections_and_in_stacks(tmp_path):
+    model = jaxsparse.SparseDense(6, density=0.25)
+    variables = jax.vmap(model.init, (0, None))(jax.random.split(jax.random.key(0), 2), np.ones((1, 8)))
+    opt_state = {"mu": {"kernel": np.ones((3, 3))}}
+    checkpoint.save(tmp_path / "file", {"params": {"a": variables["params"]}, "pattern": {"a": variables["pattern"]}})
+    assert stored(_matrices.read(tmp_path / "file")) == [("a.0", "sparse", (8, 6), 12), ("a.1", "sparse", (8, 6), 12)]
+    checkpoint.save(tmp_path / "moments", {"kernel": np.eye(3), "opt_state": opt_state})
+    assert stored(_matrices.read(tmp_path / "moments")) == [("kernel", "dense", (3, 3), 3)]
+
+
+def test_matrices_are_found_in_files_of_other_libraries(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import torch_bridge
+
+    layers = torch_bridge.SparseLinear(8, 6, 0.25), torch_bridge.BlockSparseLinear(6, 7, 0.5, block=2)
+    model = torch.nn.ModuleDict({"layers": torch.nn.Sequential(*layers, torch.nn.Linear(7, 3))})
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    assert stored(_matrices.read(tmp_path / "model.pt")) == LAYERS
+    scipy.sparse.save_npz(tmp_path / "m.npz", scipy.sparse.random_array((5, 4), density=0.5, format="csr"))
+    assert stored(_matrices.read(tmp_path / "m.npz")) == [("matrix", "sparse", (5, 4), 10)]
