@@ -96,15 +96,15 @@ def _orbax_trees(path: Path) -> dict[str, Path]:
 def _restore(trees: Mapping[str, Path]) -> Any:
     try:
         import orbax.checkpoint as ocp
+        from etils import epath
     except ImportError as error:
         raise ImportError("a checkpoint of Orbax is read by Orbax: pip install orbax-checkpoint.") from error
     handler = ocp.PyTreeCheckpointHandler()
 
     def restore(folder: Path) -> Any:
-        kinds = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(folder.resolve()).tree
-        )
-        return handler.restore(folder.resolve(), args=ocp.args.PyTreeRestore(restore_args=kinds))
+        where = epath.Path(folder.resolve())
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(where).tree)
+        return handler.restore(where, args=ocp.args.PyTreeRestore(restore_args=kinds))
 
     restored = {name: checkpoint.restore_patterns(restore(folder)) for name, folder in trees.items()}
     return restored[""] if set(restored) == {""} else restored

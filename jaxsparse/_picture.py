@@ -9,6 +9,7 @@ import zlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.core
 import numpy as np
 
 from jaxsparse.formats import BlockPattern

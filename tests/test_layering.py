@@ -99,14 +99,13 @@ TABLE = {
     "jaxsparse/_summary_flax.py": {"jax", "flax", "jaxsparse._summary", "jaxsparse.formats"}
     | {"jaxsparse.linen", "jaxsparse.nnx"},
     "jaxsparse/_picture.py": {"jax", "numpy", "matplotlib", "jaxsparse.formats"},
-    "jaxsparse/_matrices.py": {"jax", "numpy", "orbax", "jaxsparse.checkpoint", "jaxsparse.files"} | FORMATS,
+    "jaxsparse/_matrices.py": {"jax", "numpy", "orbax", "etils", "jaxsparse.checkpoint", "jaxsparse.files"} | FORMATS,
     "jaxsparse/_findings.py": {"numpy", "jaxsparse._matrices", "jaxsparse.formats"},
     "jaxsparse/__main__.py": {"jaxsparse.cli"},
     "jaxsparse/cli/__init__.py": {"typer"},
     "jaxsparse/cli/_output.py": {"rich"},
     "jaxsparse/cli/devices.py": {"typer", "jaxsparse._devices", "jaxsparse.cli._output"},
-    "jaxsparse/cli/show.py": {"typer", "jaxsparse._findings", "jaxsparse._matrices"}
-    | {"jaxsparse.cli"},
+    "jaxsparse/cli/show.py": {"typer", "jaxsparse._findings", "jaxsparse._matrices"} | {"jaxsparse.cli"},
     "jaxsparse/cli/_show.py": {"rich", "jaxsparse.cli"} | SHOWN,
     "jaxsparse/cli/_show_plot.py": {"numpy", "matplotlib"} | SHOWN,
     "jaxsparse/testing.py": NUMERIC | {"jaxsparse.formats", "jaxsparse.reference"},

@@ -88,8 +88,8 @@ def _draw_moves(axes: Any, before: BlockPattern, after: BlockPattern, title: str
     a, b = places(before), places(after)
     parts = {_KEPT: np.intersect1d(a, b), _GONE: np.setdiff1d(a, b), _GROWN: np.setdiff1d(b, a)}
     shares = {c: count_cells(*np.divmod(at, before.grid[1]), before.grid, _CELLS) for c, at in parts.items()}
-    darkest = max(sum(shares.values()).max(), 1e-9)
-    ink = sum(share[..., None] / darkest * (1 - np.array(to_rgb(c))) for c, share in shares.items())
+    darkest = max(np.sum(list(shares.values()), axis=0).max(), 1e-9)
+    ink = np.sum([share[..., None] / darkest * (1 - np.array(to_rgb(c))) for c, share in shares.items()], axis=0)
     (rows, cols), (i, o) = before.grid, before.block
     axes.imshow(1 - np.clip(ink, 0, 1), extent=(0, cols * o, rows * i, 0), interpolation="nearest")
     axes.set(xlim=(0, before.shape[1]), ylim=(before.shape[0], 0), xlabel="output feature", ylabel="input feature")
