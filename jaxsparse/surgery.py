@@ -20,7 +20,8 @@ from jaxsparse import nnx as sparse_nnx
 from jaxsparse._arguments import features_per_block
 from jaxsparse._densify import densify as densify
 from jaxsparse._densify import densify_variables as densify_variables
-from jaxsparse._rules import Races, Report, Row, Rule, Rules, check_drawn, decide, first_match, parse, passed_over
+from jaxsparse._rules import Report, Row, Rule, Rules, check_drawn, decide, first_match, parse, passed_over
+from jaxsparse.costs.racing import Race, Races
 from jaxsparse.formats import BlockPattern
 
 
@@ -52,7 +53,8 @@ def sparsify(
       dry_run: report what would happen, and return the model itself.
       rescale: multiply what is kept, so that every weight keeps its Frobenius norm.
       fresh: draw pattern and weights anew, for models that were not trained yet.
-      only_if_faster: replace a layer only where its forward and backward pass takes less time than the dense one's.
+      only_if_faster: replace a layer only where a race shows that its forward and backward pass takes less time than
+        the dense one's; where the race can't tell, the layer stays.
       batch: for `only_if_faster`, the number of input rows to measure with.
     Returns:
       The new model, and the report, row by row (`path`, `relative_error`, ...), with what was `left` and the reasons.
@@ -80,13 +82,13 @@ def sparsify(
         if rule.why_whole:
             left[path] = rule.why_whole
             continue
-        times = _race(races, rule, old, layer) if races else None
-        if times and times[1] >= times[0]:
+        race = _race(races, rule, old, layer) if races else None
+        if race and not race.faster:
             rule, layer = None, old
         error = None if fresh and rule else _relative_error(old.kernel[...], layer)
         sizes = {name: (size(old), size(layer)) for name, size in (("parameters", _size), ("bytes", _nbytes))}
         shape = (old.in_features, old.out_features)
-        rows.append(Row.of(path, rule, shape, **sizes, relative_error=error, milliseconds=times))
+        rows.append(Row.of(path, rule, shape, **sizes, relative_error=error, race=race))
         if rule:
             new[path] = layer
     report = Report(rows, _size(model), passed_over(parsed, left))
@@ -327,7 +329,7 @@ def _tree_nbytes(tree: Any) -> int:
     return sum(a.nbytes for a in jax.tree.leaves(tree))
 
 
-def _race(races: Races, rule: Rule, dense: nnx.Linear, sparse: Any) -> tuple[float, float]:
+def _race(races: Races, rule: Rule, dense: nnx.Linear, sparse: Any) -> Race:
     dtype = dense.dtype or dense.param_dtype
 
     def steps():

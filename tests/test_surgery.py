@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxsparse import BlockPattern, BlockSparseLinear, SparseDense, SparseLinear, _rules
+from jaxsparse import BlockPattern, BlockSparseLinear, SparseDense, SparseLinear
 from jaxsparse import nnx as sparse_nnx
+from jaxsparse.costs import racing
+from jaxsparse.costs.racing import Race
 from jaxsparse.surgery import sparsify, sparsify_linen, sparsify_variables
 
 DIAGONAL = {"kind": "block_diag", "num_blocks": 4}
@@ -168,12 +170,13 @@ def test_what_does_not_fit_is_named():
 
 
 def test_only_what_is_faster_is_replaced(monkeypatch):
-    rounds = iter([[1.0, 2.0], [2.0, 1.0], [1.0, 1.0]])
-    monkeypatch.setattr(_rules, "race", lambda steps: [step() for step in steps] and next(rounds))
+    rounds = iter([Race((1.0, 2.0), 0, 9), Race((2.0, 1.0), 9, 9), Race((1.0, 1.0), 5, 9)])
+    monkeypatch.setattr(racing, "race", lambda steps: [step() for step in steps] and next(rounds))
     new, report = sparsify(Net(), RULES, only_if_faster=True, batch=8)
     assert [(row.path, row.kind) for row in report] == [("body.1", "dense"), ("head", "sparse"), ("up", "dense")]
     assert [row.milliseconds for row in report] == [(1.0, 2.0), (2.0, 1.0), (1.0, 1.0)]
     assert type(new.up) is nnx.Linear and type(new.head) is SparseLinear
+    assert [report[0].after, report[2].after] == ["dense, which is faster", "dense, as a race can't tell"]
 
 
 # ---- Linen --------------------------------------------------------------------------------------------
