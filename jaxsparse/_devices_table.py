@@ -55,13 +55,13 @@ def _backends(found: Devices) -> Table:
     return table
 
 
-def _results(gpu: Gpu) -> Table:
+def _results(gpu: Gpu) -> Group:
     title = f"Measured on {escape(gpu.kind)}: what backend=None picks near these workloads"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
+    table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("product", "dtype", "block", "rows", "density", "back end", "times as fast as XLA", "run"):
         table.add_column(name, justify="left" if name in ("product", "dtype", "block", "back end", "run") else "right")
     for r in gpu.results:
         w = r.workload
         size = "{}x{}".format(*w.block)
         table.add_row(w.op, w.dtype, size, str(w.rows), f"{w.density:.3g}", r.backend, f"{r.times_as_fast:.2f}", r.run)
-    return table
+    return Group(title, table)

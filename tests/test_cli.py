@@ -15,6 +15,7 @@ import cpu_kernels
 import jaxsparse
 from jaxsparse import BlockPattern, _devices, _matrices, _measured, checkpoint, cli
 from jaxsparse._measured import Result, Workload
+from jaxsparse.bench import grid, running
 
 LIBRARY = pytest.mark.skipif(cpu_kernels.library_file() is None, reason="the CPU kernels were not built")
 
@@ -177,8 +178,8 @@ def test_matrices_are_found_in_an_nnx_state_and_in_what_orbax_saved_of_it(tmp_pa
     assert stored(_matrices.read(tmp_path / "ours")) == LAYERS
     ocp = pytest.importorskip("orbax.checkpoint", reason="orbax is not installed")
     with ocp.CheckpointManager(tmp_path / "steps") as manager:
-        for step in (3, 20):
-            manager.save(step, args=ocp.args.StandardSave(nnx.to_pure_dict(state)))
+        manager.save(20, args=ocp.args.StandardSave(nnx.to_pure_dict(state)))
+    (tmp_path / "steps" / "3").mkdir()  # an earlier one, which is not read
     found = _matrices.read(tmp_path / "steps")
     assert stored(found) == LAYERS
     np.testing.assert_array_equal(found["layers.0"].values, state["layers"][0]["kernel"][...])
@@ -204,3 +205,83 @@ def test_matrices_are_found_in_files_of_other_libraries(tmp_path):
     assert stored(_matrices.read(tmp_path / "model.pt")) == LAYERS
     scipy.sparse.save_npz(tmp_path / "m.npz", scipy.sparse.random_array((5, 4), density=0.5, format="csr"))
     assert stored(_matrices.read(tmp_path / "m.npz")) == [("matrix", "sparse", (5, 4), 10)]
+
+
+# ---- bench ------------------------------------------------------------------------------------------------
+
+SMALL = ("bench", "--in", "16,32", "--out", "24", "--batch", "4", "--block", "8", "--density", "0.25", "--seconds", "0")
+
+
+def test_bench_times_every_cell_of_the_grid_and_writes_it_down(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    files = ("--save", str(tmp_path / "run.json"), "--png", str(tmp_path / "run.png"))
+    assert run(*SMALL, *files, "--only", "^jaxsparse$|JAX dense", "--json") == 0
+    found = told(capsys)
+    assert found == json.loads((tmp_path / "run.json").read_text())
+    assert [(c["size_in"], c["size_out"], c["block"], c["density"]) for c in found["cells"]] == [
+        (16, 24, 8, 0.25),
+        (32, 24, 8, 0.25),
+    ]
+    for cell in found["cells"]:
+        assert set(cell["results"]) == {"jaxsparse", "JAX dense"}
+        for result in cell["results"].values():
+            assert 0 < result["low"] <= result["ms"] <= result["high"] and result["turns"] >= 7 and not result["note"]
+        dense, ours = (cell["results"][name] for name in ("JAX dense", "jaxsparse"))
+        assert dense["speed"] == 1 and ours["speed"] == pytest.approx(dense["ms"] / ours["ms"])
+    assert found["machine"]["cores"] >= 1 and found["versions"]["jax"] == jax.__version__
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("block", [1, 8])
+@pytest.mark.parametrize("train", [False, True], ids=["forward", "training"])
+def test_every_contender_of_bench_is_right_or_says_what_stops_it(block, train, monkeypatch):
+    monkeypatch.setattr(running, "take_turns", lambda calls, seconds, pause: [[[1e-3] for _ in calls]])
+    (cell,) = grid.cells([16], [20], [4], [block], [0.5], "f32", train)
+    (measured,) = running.run([cell], 0)
+    beside = {"JAX BCOO"} if block == 1 else set()
+    assert {"jaxsparse", "JAX dense", "JAX masked"} | beside <= set(measured.results)
+    if "torch" in running.frameworks():
+        assert {"jaxsparse, torch", "torch dense", "torch masked"} <= set(measured.results)
+    for name, result in measured.results.items():
+        stopped = name in ("torch BSR", "torch CSR") and result.note.startswith(("RuntimeError", "NotImplementedError"))
+        assert stopped or (result.ms == 1.0 and not result.note), (name, result.note)
+
+
+def test_a_contender_that_computes_something_else_is_not_timed(monkeypatch, capsys):
+    from jaxsparse.bench import in_jax
+
+    monkeypatch.setattr(in_jax, "spmm", lambda x, w, pattern: 2 * jaxsparse.spmm(x, w, pattern))
+    assert run(*SMALL, "--only", "^jaxsparse$|JAX dense") == 0
+    printed = capsys.readouterr().out
+    assert "jaxsparse: a wrong result, relative error 1.0e+00" in printed and "32x24, batch 4, blocks of 8x8" in printed
+
+
+def test_bench_that_is_interrupted_keeps_what_it_has(tmp_path, monkeypatch, capsys):
+    whole, cells = running.take_turns, []
+
+    def interrupted(calls, seconds, pause):
+        cells.append(calls)
+        if len(cells) == 2:
+            raise KeyboardInterrupt
+        return whole(calls, seconds, pause=pause)
+
+    monkeypatch.setattr(running, "take_turns", interrupted)
+    assert run(*SMALL, "--only", "JAX dense", "--save", str(tmp_path / "run.json")) == cli.FOUND
+    assert len(json.loads((tmp_path / "run.json").read_text())["cells"]) == 1
+    assert capsys.readouterr().err == "jaxsparse: interrupted after 1 of 2 cells, which are kept\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--in", "ten"], "--in takes whole numbers with commas between, got 'ten'."),
+        (["--density", "2"], "density 2.0 is outside 0 to 1"),
+        (["--in", "16", "--block", "32"], "a block of 32 is larger than a matrix of 16x16."),
+        (["--dtype", "int8"], "dtype 'int8' is not one of float32"),
+        (["--batch", "0"], "batch 0 is less than 1."),
+        (["--batch", ""], "--batch has no value."),
+    ],
+)
+def test_a_grid_that_is_none_is_refused(arguments, says, capsys):
+    assert run("bench", *arguments) == cli.BAD_INPUT
+    assert says in capsys.readouterr().err

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-COMMANDS = ("devices", "show")  # in the order of the help
+COMMANDS = ("devices", "show", "bench")  # in the order of the help
 FOUND, BAD_INPUT = 1, 2
 _BAD_INPUT = (ValueError, OSError, ImportError, NotImplementedError)
 
