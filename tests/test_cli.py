@@ -121,7 +121,7 @@ def test_show_draws_the_pattern_in_characters_and_in_a_file(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     assert run("show", saved(tmp_path / "a"), "--png", str(tmp_path / "a.png")) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    drawn = ["".join("██" if stored else "  " for stored in row).strip() for row in MASK]
+    drawn = ["│" + "".join("██" if stored else "  " for stored in row) + "│" for row in MASK]
     assert all(line in lines for line in drawn)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
@@ -268,7 +268,7 @@ def test_bench_that_is_interrupted_keeps_what_it_has(tmp_path, monkeypatch, caps
     monkeypatch.setattr(running, "take_turns", interrupted)
     assert run(*SMALL, "--only", "JAX dense", "--save", str(tmp_path / "run.json")) == cli.FOUND
     assert len(json.loads((tmp_path / "run.json").read_text())["cells"]) == 1
-    assert capsys.readouterr().err == "jaxsparse: interrupted after 1 of 2 cells, which are kept\n"
+    assert capsys.readouterr().err == "jaxsparse: interrupted after 1 of 2 cells, which are kept.\n"
 
 
 @pytest.mark.parametrize(

@@ -81,10 +81,10 @@ def run_with_progress(
     from jaxsparse.bench import running
 
     console = Console(stderr=True)
-    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+    columns = BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
     done: list[Measured] = []
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(cells))
+        task = bar.add_task("starting", total=len(cells))
 
         def tell(what: str) -> None:
             cell = cells[min(len(done), len(cells) - 1)]
@@ -98,7 +98,7 @@ def run_with_progress(
         except KeyboardInterrupt:
             pass
     if len(done) < len(cells):
-        print(f"jaxsparse: interrupted after {len(done)} of {len(cells)} cells, which are kept", file=sys.stderr)
+        print(f"jaxsparse: interrupted after {len(done)} of {len(cells)} cells, which are kept.", file=sys.stderr)
     return done
 
 
@@ -117,6 +117,8 @@ def tables(measured: Sequence[Measured], about: dict[str, Any]) -> Iterator[Any]
         yield table
         yield from _notes(group)
         yield ""
+    if not measured:
+        return
     machine = about["machine"]
     yield f"{machine['cpu']}, {machine['cores']} cores, {machine['platform']}. A call in ms, and its speed relative to"
     yield "the faster of the dense ones (JAX, torch); ±: quartiles of the turns, where they are more than 5 % apart."

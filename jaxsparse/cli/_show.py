@@ -84,6 +84,9 @@ def pictures(before: Matrices, most: int, after: Matrices | None = None) -> Iter
     if panels:
         yield ""
         yield Columns(panels, padding=(1, 3))
+        yield Text(
+            "Inputs from top to bottom, outputs from left to right; the darker, the more is stored.", style="dim"
+        )
     if len(drawn) > most:
         yield Text(f"Not drawn: {len(drawn) - most} of {len(drawn)} patterns (--pictures, --png).", style="dim")
 
@@ -104,7 +107,7 @@ def _panel(name: str, pattern: BlockPattern) -> Any:
     text = Text(no_wrap=True)
     text.append(f"{name}\n", "bold")
     text.append(f"{caption(pattern)}\n", "dim")
-    text.append("\n".join(_drawn(pattern)) + "\n")
+    text.append("".join(f"│{line}│\n" for line in _drawn(pattern)))
     for axis, d in degrees(pattern).items():
         text.append(f"per {axis[:-1]:<6} ", "dim")
         text.append(f"{d.least} {_bars(d)} {d.most}\n")
