@@ -97,6 +97,11 @@ def test_advice_names_the_best_and_what_else_there_is():
     assert said.endswith("If the zeros can't be arranged in blocks, unstructured is predicted to be 2 times as fast.")
 
 
+def test_advice_prefers_the_freer_of_two_that_are_as_fast():
+    said = advising.advice(rows(8, 1, 1.1), {1: 0.3, 32: 0.8}, "forward")
+    assert said.startswith("Take unstructured. The forward pass is predicted to be 7.3 times as fast")
+
+
 def test_advice_says_where_it_begins_to_pay():
     said = advising.advice(rows(1, 4, 8), {1: 0.01, 32: 0.04}, "step")
     assert said.startswith("Stay dense, if it is for speed: block-sparse 32x32")

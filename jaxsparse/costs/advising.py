@@ -11,6 +11,8 @@ from jaxsparse.costs.words import amount, milliseconds
 if TYPE_CHECKING:
     from jaxsparse.costs.explaining import Row
 
+_AS_GOOD = 1.15  # times as fast, and no reason to take the other one
+_FREEDOM = ("block_diag", "block_sparse", "sparse")  # of where weights may be, growing
 _WHAT = {"forward": "The forward pass", "step": "A training step"}
 
 
@@ -27,8 +29,15 @@ def advice(rows: Sequence[Row], crossover: Mapping[int, float], mode: str) -> st
     others = [row for row in others if row.is_possible and row.layer.weights < dense.layer.weights]
     if not others:
         return "Stay dense: no other format would leave anything out."
-    best = max(others, key=lambda row: speed(row, dense, mode))
+    best = _best(others, dense, mode)
     return f"{_verdict(best, dense, mode)} {_beside(best, others, dense, crossover, mode)}".strip()
+
+
+def _best(others: Sequence[Row], dense: Row, mode: str) -> Row:
+    """The fastest, or one that is nearly as fast and freer in where its weights are."""
+    most = max(speed(row, dense, mode) for row in others)
+    near = [row for row in others if speed(row, dense, mode) >= most / _AS_GOOD]
+    return max(near, key=lambda row: _FREEDOM.index(row.layer.kind))
 
 
 def speed(row: Row, dense: Row, mode: str) -> float:

@@ -98,6 +98,11 @@ def profile(torch: bool = False) -> Profile:
     return _known("torch" if torch else "jax", tuple(os.environ.get(name, "") for name in _CHOOSE_ISA))
 
 
+def is_known(torch: bool = False) -> bool:
+    """Whether the profile of this machine need not be measured first."""
+    return read(cache_file("torch" if torch else "jax")) is not None
+
+
 def cache_file(framework: str) -> Path:
     """Where the profile lies, or would."""
     folder = os.environ.get("JAXSPARSE_CACHE")

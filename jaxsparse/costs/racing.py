@@ -103,18 +103,19 @@ def take_turns(
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
     is_decided: Callable[[Sequence[Turn]], bool] = lambda turns: False,
+    pause: float = 0.0,
 ) -> list[Turn]:
     """Calls functions by turns, every other time in reverse, so that all see the same machine.
 
     Not counted are the first two calls, which compile or build indices, and the first of every turn of several, which
-    wakes threads.
+    wakes threads. Before a turn nothing happens for `pause` seconds: the idle threads of another framework may spin.
     """
     start = clock()
     repeats = [_repeats(min(_timed(function, clock, calls=2))) for function in functions]
     turns: list[Turn] = []
     while len(turns) < _TURNS[1]:
         order = list(enumerate(zip(functions, repeats, strict=True)))
-        turn = {k: _timed(f, clock, calls) for k, (f, calls) in (order[::-1] if len(turns) % 2 else order)}
+        turn = {k: _rested(f, clock, calls, pause) for k, (f, calls) in (order[::-1] if len(turns) % 2 else order)}
         turns.append([turn[k] for k in range(len(functions))])
         if len(turns) >= _TURNS[0] and (clock() - start > seconds or is_decided(turns)):
             break
@@ -128,6 +129,11 @@ def _typical(seconds: Sequence[float]) -> float:
 def _repeats(seconds: float) -> int:
     """Calls of a turn: one, or one that wakes and those that fill it."""
     return 1 if seconds > _TURN else 1 + min(20, round(_TURN / max(seconds, 1e-6)))
+
+
+def _rested(function: Function, clock: Callable[[], float], calls: int, pause: float) -> list[float]:
+    time.sleep(pause)
+    return _timed(function, clock, calls)
 
 
 def _timed(function: Function, clock: Callable[[], float], calls: int) -> list[float]:
