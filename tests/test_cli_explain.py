@@ -31,7 +31,12 @@ def test_tables_and_advice_fit_eighty_columns(capsys, monkeypatch):
     assert cli.main(LAYER) == 0
     printed, told = capsys.readouterr()
     assert max(map(len, printed.splitlines())) <= 80 and not told
-    for part in ("4096 to 4096 features, 256 rows, float32", "block-sparse 32x32", "unstructured", "Take block-sparse"):
+    for part in (
+        "4096 to 4096 features, 256 rows, float32",
+        "block-sparse 32x32",
+        "unstructured",
+        "Take block-diagonal",
+    ):
         assert part in printed
 
 

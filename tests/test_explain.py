@@ -113,7 +113,7 @@ def test_advice_on_a_close_one_is_to_measure_it():
     assert "Too close to call" in advising.advice(rows(1, 0.98, 2), {32: 0.1}, "forward")
     assert "measure it" in advising.advice(rows(1, 0.98, 2), {32: 0.1}, "forward")
     undecided = {"forward": Race((1.0, 0.9), 6, 10)}
-    said = advising.advice(rows(1, 0.1, 0.1, undecided), {32: 0.1}, "forward")
+    said = advising.advice(rows(1, 0.1, 0.1, undecided), {32: 0.5}, "forward")
     assert said.startswith("Too close to call") and "measure it" not in said
 
 

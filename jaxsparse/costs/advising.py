@@ -79,6 +79,8 @@ def _beside(best: Row, others: Sequence[Row], dense: Row, crossover: Mapping[int
     """What else: zeros that can't be arranged in blocks, or where it begins to pay."""
     if not leans(best, dense, mode):
         pays = max(crossover, key=lambda side: crossover[side])
+        if crossover[pays] > best.layer.density:  # by a prediction, and the verdict is by a race
+            return ""
         if crossover[pays] < 1e-4:
             return "No density would pay at this size: the call takes longer than the product."
         return f"It pays below a density of about {crossover[pays]:.2g}, in {_blocks(pays)}."

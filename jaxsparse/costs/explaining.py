@@ -15,6 +15,7 @@ from jaxsparse.costs.measuring import contest
 from jaxsparse.costs.racing import Race
 from jaxsparse.costs.words import amount, milliseconds, table
 
+_WIDTH = 80  # of a terminal
 BLOCKS = (8, 16, 32, 64, 128)  # sides for which the density is found at which a layer is as fast as dense
 
 
@@ -83,14 +84,15 @@ class Explanation:
             f"{dense.shape[0]} to {dense.shape[1]} features, {dense.batch} rows, {dense.dtype}\n"
             f"in {'PyTorch' if p.framework == 'torch' else 'JAX'} on {p.machine}, {p.threads} threads"
         )
-        notes = [f"{row.layer}: {row.note}." for row in self.rows if row.note]
-        notes += [f"Measured, {mode}, {row.layer}: {race}." for row in self.rows for mode, race in row.races.items()]
+        said = [f"{row.layer}: {row.note}." for row in self.rows if row.note]
+        said += [f"Measured, {mode}, {row.layer}: {race}." for row in self.rows for mode, race in row.races.items()]
+        notes = [line for each in said for line in textwrap.wrap(each, _WIDTH, subsequent_indent="  ")]
         below = [f"{'single entries' if b == 1 else f'{b}x{b}'} {_density(d)}" for b, d in self.crossover.items()]
         what = "training step" if self.train else "forward pass"
         pays = f"The {what} is predicted to be faster than dense below these densities:"
         return "\n".join(
-            [head, "", *_memory(self.rows), "", *_time(self.rows), "", pays, f"  {', '.join(below)}", *notes]
-            + ["", *textwrap.wrap(self.advice, 80)]
+            [head, "", *_memory(self.rows), "", *_time(self.rows), "", pays, *_wrapped(", ".join(below)), *notes]
+            + ["", *textwrap.wrap(self.advice, _WIDTH)]
         )
 
 
@@ -200,6 +202,10 @@ def _time(rows: Sequence[Row]) -> list[str]:
         times = (milliseconds(row.forward), ratios[0], milliseconds(row.step), ratios[1])
         lines.append((str(row.layer), amount(row.layer.operations, ""), *times))
     return table(lines)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="  ")
 
 
 def _density(number: float) -> str:
