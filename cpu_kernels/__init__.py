@@ -11,12 +11,13 @@ JAX is imported where it is used: the same kernels run without it (`cpu_kernels.
 
 import numpy as np
 
-from cpu_kernels._library import load, why_not_loaded
+from cpu_kernels._library import library_file, load, why_not_loaded
 
 __all__ = [
     "block_diag_matmul",
     "block_diag_outer",
     "isa",
+    "library_file",
     "sddmm",
     "spmm",
     "spmm_grads",

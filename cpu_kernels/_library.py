@@ -19,7 +19,7 @@ def load() -> ctypes.CDLL:
     return _registered()
 
 
-def _file() -> pathlib.Path | None:
+def library_file() -> pathlib.Path | None:
     """The library; in an editable install it lies apart from the sources, in another folder of the package."""
     folders = map(pathlib.Path, cpu_kernels.__path__)
     return next((folder / _NAME for folder in folders if (folder / _NAME).exists()), None)
@@ -37,7 +37,7 @@ def why_not_loaded() -> str | None:
 @functools.cache
 def why_not_opened() -> str | None:
     """Returns why the library can't be opened, or None when it can, whatever runs its kernels."""
-    if _file() is None:
+    if library_file() is None:
         return (
             f"{_NAME} was not built. Install a C++17 compiler (g++ 10 or clang 14 and newer) and reinstall jaxsparse."
         )
@@ -77,7 +77,7 @@ def _jaxlib_version() -> tuple[int, int]:
 @functools.cache
 def opened() -> ctypes.CDLL:
     """The library as it is, without a word to XLA."""
-    library = ctypes.CDLL(str(_file()))
+    library = ctypes.CDLL(str(library_file()))
     library.jaxsparse_cpu_isa.restype = ctypes.c_char_p
     library.jaxsparse_cpu_use_isa.argtypes = [ctypes.c_char_p]
     return library

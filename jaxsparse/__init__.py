@@ -5,6 +5,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxsparse._backends import why_not
+    from jaxsparse._devices import devices
+    from jaxsparse._picture import plot_pattern
+    from jaxsparse._summary import summary
+    from jaxsparse.costs.explaining import explain
+    from jaxsparse.costs.measuring import measure
     from jaxsparse.formats import BlockPattern
     from jaxsparse.linen import BlockDiagDense, BlockSparseDense, SparseDense
     from jaxsparse.nnx import BlockDiagLinear, BlockSparseLinear, SparseLinear
@@ -22,8 +27,13 @@ __all__ = [
     "SparseLinear",
     "block_diag_matmul",
     "decay_mask",
+    "devices",
+    "explain",
+    "measure",
+    "plot_pattern",
     "sddmm",
     "spmm",
+    "summary",
     "why_not",
 ]
 
@@ -31,6 +41,11 @@ __all__ = [
 _HOMES = {
     "BlockPattern": "jaxsparse.formats",
     "decay_mask": "jaxsparse.roles",
+    "devices": "jaxsparse._devices",
+    "explain": "jaxsparse.costs.explaining",
+    "measure": "jaxsparse.costs.measuring",
+    "plot_pattern": "jaxsparse._picture",
+    "summary": "jaxsparse._summary",
     "why_not": "jaxsparse._backends",
     **dict.fromkeys(("block_diag_matmul", "sddmm", "spmm"), "jaxsparse.ops"),
     **dict.fromkeys(("BlockDiagDense", "BlockSparseDense", "SparseDense"), "jaxsparse.linen"),

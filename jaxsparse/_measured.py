@@ -50,6 +50,11 @@ def nearest(kind: str, work: Workload) -> Result | None:
     return _results()[kind][k] if least <= _FAR else None
 
 
+def results(kind: str) -> tuple[Result, ...]:
+    """All that was measured on this kind of GPU."""
+    return tuple(_results().get(kind, ()))
+
+
 def write(kind: str, results: list[Result]) -> None:
     """Puts the results of a kind of GPU in the place of those that are there."""
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}

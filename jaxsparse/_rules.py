@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import itertools
 import numbers
 import re
-import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxsparse._sizes import as_pair
+from jaxsparse.costs.racing import Race
 
 # kind: (the option that it can't do without, its defaults); "keep" may stand in the place of "density"
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -109,84 +107,6 @@ def passed_over(rules: Sequence[Rule], left: Mapping[str, str]) -> list[Left]:
     """Those layers that look dense and that the rules would replace, but that can't be."""
     first = {path: first_match(rules, path) for path in left}
     return [Left(path, left[path]) for path, rule in first.items() if rule and rule.kind]
-
-
-class Races:
-    """Times of forward and backward pass of dense layers and their replacements; equal pairs are raced once.
-
-    Attributes:
-      batch: the number of input rows to measure with.
-    """
-
-    def __init__(self, batch: int | None):
-        if batch is None:
-            raise ValueError("only_if_faster measures layers: give batch, the number of input rows to measure with.")
-        self.batch = batch
-        self.times: dict[Any, tuple[float, float]] = {}
-
-    def __call__(self, key: Any, make_steps: Callable[[], Sequence[Callable[[], Any]]]) -> tuple[float, float]:
-        """(dense, sparse) milliseconds of the two steps that are made for a key that is new."""
-        if key not in self.times:
-            dense, sparse = race(make_steps())
-            self.times[key] = (dense, sparse)
-        return self.times[key]
-
-
-_TURNS = (7, 41)  # of each function: at least, at most
-_TURN = 0.003  # seconds of a turn, in which short calls are repeated
-_CLEAR = 1.3  # times as fast in every turn, and the race is decided
-
-
-def race(
-    functions: Sequence[Callable[[], Any]], seconds: float = 0.8, clock: Callable[[], float] = time.perf_counter
-) -> list[float]:
-    """Milliseconds of each function, as it runs when nothing else disturbs it.
-
-    They take turns, every other time in reverse, so that all see the same machine. Other processes only ever add time:
-    the fastest twentieth of all calls speaks. Not counted are the first two calls, which compile or build indices, and
-    the first of every turn of several, which wakes threads.
-
-    Args:
-      seconds: after which no new turn begins, unless the least number of turns needs more; a clear race ends earlier.
-      clock: seconds now.
-    """
-    start = clock()
-    repeats = [_repeats(min(_timed(function, clock, calls=2))) for function in functions]
-    turns: list[list[list[float]]] = []
-    while len(turns) < _TURNS[1]:
-        order = list(enumerate(zip(functions, repeats, strict=True)))
-        turn = {k: _timed(f, clock, calls) for k, (f, calls) in (order[::-1] if len(turns) % 2 else order)}
-        turns.append([turn[k] for k in range(len(functions))])
-        if len(turns) >= _TURNS[0] and (clock() - start > seconds or _is_clear(turns)):
-            break
-    return [1e3 * _fast(itertools.chain(*calls)) for calls in zip(*turns, strict=True)]
-
-
-def _fast(seconds: Iterable[float]) -> float:
-    """That of a call which a twentieth of all are faster than."""
-    return statistics.quantiles(seconds, n=20, method="inclusive")[0]
-
-
-def _repeats(seconds: float) -> int:
-    """Calls of a turn: one, or one that wakes and those that fill it."""
-    return 1 if seconds > _TURN else 1 + min(20, round(_TURN / max(seconds, 1e-6)))
-
-
-def _timed(function: Callable[[], Any], clock: Callable[[], float], calls: int) -> list[float]:
-    """Seconds of each call; of several, the first is left out."""
-    times = []
-    for _ in range(calls):
-        start = clock()
-        function()
-        times.append(clock() - start)
-    return times[1:] or times
-
-
-def _is_clear(turns: Sequence[Sequence[Sequence[float]]]) -> bool:
-    """Whether the same function was by far the fastest in every turn."""
-    least = [[min(calls) for calls in turn] for turn in turns]
-    winners = {times.index(min(times)) for times in least}
-    return len(winners) == 1 and all(_CLEAR * a < b for a, b, *_ in map(sorted, least))
 
 
 def check_drawn(rules: Sequence[Rule]) -> None:
@@ -316,11 +236,13 @@ class Row:
         return f"keeps {self.density:.4g} of its weight, {may_lose}"
 
     @classmethod
-    def of(cls, path: str, rule: Rule | None, shape: tuple[int, int], **numbers) -> Row:
-        """The row of an (in, out) layer; without a rule it stayed dense, as that was faster."""
-        after = rule.describe() if rule else "dense, which is faster"
+    def of(cls, path: str, rule: Rule | None, shape: tuple[int, int], race: Race | None = None, **numbers) -> Row:
+        """The row of an (in, out) layer; without a rule it stayed dense, as its race had it."""
+        stayed = "dense, as a race can't tell" if race and race.faster is None else "dense, which is faster"
         kind, density = (str(rule.kind), rule.density) if rule else ("dense", None)
-        return cls(path, kind, "{}x{}".format(*shape), after, density=density, **numbers)
+        if race:
+            numbers["milliseconds"] = race.milliseconds
+        return cls(path, kind, "{}x{}".format(*shape), rule.describe() if rule else stayed, density=density, **numbers)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,6 +74,12 @@ class BlockPattern:
         view = ", transposed" * self.transposed
         return f"BlockPattern({rows}x{cols}, block={self.block}, nnzb={self.nnzb}, density={self.density:.3g}{view})"
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a small image."""
+        from jaxsparse import _picture
+
+        return _picture.as_html(self)
+
     # ---- sizes: all static ----------------------------------------------------------------------
 
     @property

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from jaxsparse import _rules
+from jaxsparse.costs import racing
+from jaxsparse.costs.racing import Race
 from torch_bridge import BlockDiagLinear, BlockSparseLinear, BlockSparseModelPatcher, SparseLinear, sparsify
 
 RULES = [
@@ -162,9 +163,9 @@ def test_training_follows_the_masked_dense_model():
 
 
 def test_only_what_is_faster_is_replaced(monkeypatch):
-    rounds = iter([[2.0, 1.0], [1.0, 2.0], [1.0, 1.0]])
+    rounds = iter([Race((2.0, 1.0), 9, 9), Race((1.0, 2.0), 0, 9), Race((1.0, 1.0), 5, 9)])
     stepped = []
-    monkeypatch.setattr(_rules, "race", lambda steps: [step() for step in steps] and stepped.append(1) or next(rounds))
+    monkeypatch.setattr(racing, "race", lambda steps: [step() for step in steps] and stepped.append(1) or next(rounds))
     model = net()
     report = sparsify(model, RULES, only_if_faster=True, batch=8)
     assert [row.kind for row in report] == ["block_diag", "dense", "dense"] and len(stepped) == 3

@@ -1,4 +1,4 @@
-"""The code of docs/coming_from.md and docs/optimizers.md runs, block after block; links in the docs lead somewhere."""
+"""The code of the pages in docs runs, block after block; links in the docs lead somewhere."""
 
 import re
 from pathlib import Path
@@ -56,6 +56,22 @@ def test_the_code_of_optimizers_runs_in_order_and_does_what_it_says():
     for p in (torch.ones(8), torch.ones(3, 4, 4)):
         with pytest.raises(ValueError, match="only supports 2D parameters"):
             torch.optim.Muon([torch.nn.Parameter(p)])
+
+
+def test_the_code_of_command_line_runs_and_its_commands_exist(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from jaxsparse import cli
+
+    monkeypatch.chdir(tmp_path)
+    assert [row.kind for row in run("command_line.md")["summed"]] == ["SparseLinear", "Linear"]
+    assert "SparseLinear" in capsys.readouterr().out and (tmp_path / "pattern.png").exists()
+    text = (ROOT / "docs" / "command_line.md").read_text()
+    assert set(re.findall(r"^## (\w+)$", text, re.MULTILINE)) == set(cli.COMMANDS)
+    for line in re.findall(r"^jaxsparse (.*)", text, re.MULTILINE):
+        options = re.findall(r"--[a-z]+", line.partition("|")[0].replace("'jaxsparse", ""))
+        assert cli.main([line.split()[0], "--help"]) == 0
+        printed = capsys.readouterr().out
+        assert all(option in printed for option in options), line
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("docs/*.md")), ids=lambda p: p.name)

@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -11,25 +12,51 @@ NUMERIC = {"jax", "numpy", "jaxtyping"}
 BASE = {"jaxsparse._indices", "jaxsparse._sizes"}
 FORMATS = BASE | {"jaxsparse.formats"}
 FILES = {"jaxsparse.files._limits", "jaxsparse.files.layouts", "jaxsparse.files.weights"}
-READS_TORCH = "jaxsparse/files/_torch.py"  # what torch.save wrote, torch alone can read
+# What torch.save wrote, torch alone can read; and the top of the house says what torch does where it is installed.
+TORCH_COMPETES = "jaxsparse/bench/in_torch.py"  # imported where torch is installed
+KNOW_TORCH = {
+    "jaxsparse/files/_torch.py": {"torch"},
+    "jaxsparse/_devices.py": {"torch"},
+    "jaxsparse/_summary.py": {"torch_bridge.summary"},
+    TORCH_COMPETES: {"torch", "torch.nn.functional", "torch_bridge.nn"},
+}
 OPS = FORMATS | {"jaxsparse.ops"}
 PRODUCTS = {"jaxsparse._backends", *(f"jaxsparse.products.{name}" for name in ("_epilogue", "_rules", "_shards"))}
+COSTS = {
+    "jaxsparse.costs",
+    *(f"jaxsparse.costs.{name}" for name in ("advising", "explaining", "layers", "machine", "measuring", "model")),
+    "jaxsparse.costs.racing",
+    "jaxsparse.costs.words",
+}
+SHOWN = {"jaxsparse._findings", "jaxsparse._matrices", "jaxsparse._picture", "jaxsparse.formats"}
 # file -> what it may import beyond the standard library; "scipy" only where a user hands such a matrix in
 TABLE = {
     "jaxsparse/__init__.py": {
         "jaxsparse._backends",
+        "jaxsparse._devices",
+        "jaxsparse._picture",
+        "jaxsparse._summary",
         "jaxsparse.formats",
         "jaxsparse.ops",
         "jaxsparse.linen",
         "jaxsparse.nnx",
         "jaxsparse.roles",
+        "jaxsparse.costs.explaining",
+        "jaxsparse.costs.measuring",
     },
     "jaxsparse/_sizes.py": set(),
     "jaxsparse/_arguments.py": {"jaxsparse.formats"},
     "jaxsparse/_indices.py": NUMERIC | {"jaxsparse._sizes"},
     "jaxsparse/formats.py": NUMERIC
     | BASE
-    | {"jaxsparse._interop", "jaxsparse._parts", "jaxsparse._parts.Parts", "jaxsparse._states", "scipy"},
+    | {
+        "jaxsparse._interop",
+        "jaxsparse._parts",
+        "jaxsparse._parts.Parts",
+        "jaxsparse._picture",
+        "jaxsparse._states",
+        "scipy",
+    },
     "jaxsparse/_parts.py": NUMERIC | FORMATS,
     "jaxsparse/_interop.py": NUMERIC | FORMATS | {"scipy"},
     "jaxsparse/reference.py": {"numpy", "jaxsparse.formats"},
@@ -48,11 +75,32 @@ TABLE = {
     "jaxsparse/linen.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},
     "jaxsparse/nnx.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},
     "jaxsparse/roles.py": {"jax", "jaxsparse.formats"},
-    "jaxsparse/_rules.py": {"jaxsparse._sizes"},
+    "jaxsparse/_rules.py": {"jaxsparse._sizes", "jaxsparse.costs.racing"},
+    "jaxsparse/costs/__init__.py": set(),
+    "jaxsparse/costs/racing.py": set(),
+    "jaxsparse/costs/words.py": set(),
+    "jaxsparse/costs/layers.py": {"jaxsparse._sizes"},
+    "jaxsparse/costs/machine.py": COSTS,
+    "jaxsparse/costs/model.py": COSTS,
+    "jaxsparse/costs/measuring.py": {"jaxsparse._sizes"} | COSTS,
+    "jaxsparse/costs/advising.py": COSTS,
+    "jaxsparse/costs/explaining.py": COSTS,
+    "jaxsparse/cli/explain.py": {"typer", "jaxsparse.cli._output"} | COSTS,
+    "jaxsparse/costs/_in_jax.py": NUMERIC | FORMATS | {"optax", "jaxsparse.ops", "jaxsparse.costs.layers"},
     "jaxsparse/_densify.py": NUMERIC
     | {"flax", "jaxsparse.formats", "jaxsparse.linen", "jaxsparse.nnx", "jaxsparse._xla"},
+    "jaxsparse/_kept.py": NUMERIC | {"jaxsparse._arguments", "jaxsparse._rules", "jaxsparse.formats"},
+    "jaxsparse/_flax_races.py": {"jax", "flax", "jaxsparse._rules", "jaxsparse.costs.racing"},
     "jaxsparse/surgery.py": NUMERIC
-    | {"flax", "jaxsparse.formats", "jaxsparse._arguments", "jaxsparse._densify", "jaxsparse._rules"}
+    | {
+        "flax",
+        "jaxsparse.formats",
+        "jaxsparse._densify",
+        "jaxsparse._flax_races",
+        "jaxsparse._kept",
+        "jaxsparse._rules",
+    }
+    | {"jaxsparse.costs.racing"}
     | {"jaxsparse.linen", "jaxsparse.nnx"},
     "jaxsparse/_select.py": NUMERIC,
     "jaxsparse/_places.py": NUMERIC | FORMATS | {"jaxsparse._select"},
@@ -72,8 +120,34 @@ TABLE = {
     "jaxsparse/files/_npz.py": {"numpy", "scipy", "jaxsparse.formats"} | FILES,
     "jaxsparse/files/_text.py": {"numpy", "jaxsparse._interop"} | FORMATS | FILES,
     "jaxsparse/files/layouts.py": {"numpy", "jaxsparse._indices", "jaxsparse._sizes", "jaxsparse.formats"},
-    READS_TORCH: {"jax", "numpy", "torch", "jaxsparse.files"} | FILES,
+    "jaxsparse/files/_torch.py": {"jax", "numpy", "torch", "jaxsparse.files"} | FILES,
     "jaxsparse/files/weights.py": NUMERIC | FORMATS | {"scipy"},
+    "jaxsparse/_text.py": {"rich"},
+    "jaxsparse/_devices.py": {"jax", "torch", "cpu_kernels", "jaxsparse._backends", "jaxsparse._measured"}
+    | {"jaxsparse._devices_table", "jaxsparse._text"},
+    "jaxsparse/_devices_table.py": {"rich", "jaxsparse._devices"},
+    "jaxsparse/_summary.py": {"rich", "jaxsparse._summary_flax", "jaxsparse._text", "torch_bridge.summary"},
+    "jaxsparse/_summary_flax.py": {"jax", "flax", "jaxsparse._summary", "jaxsparse.formats"}
+    | {"jaxsparse.linen", "jaxsparse.nnx"},
+    "jaxsparse/_picture.py": {"jax", "numpy", "matplotlib", "jaxsparse.formats"},
+    "jaxsparse/_matrices.py": {"jax", "numpy", "orbax", "etils", "jaxsparse.checkpoint", "jaxsparse.files"} | FORMATS,
+    "jaxsparse/_findings.py": {"numpy", "jaxsparse._matrices", "jaxsparse.formats"},
+    "jaxsparse/__main__.py": {"jaxsparse.cli"},
+    "jaxsparse/cli/__init__.py": {"typer"},
+    "jaxsparse/cli/_output.py": {"rich"},
+    "jaxsparse/cli/devices.py": {"typer", "jaxsparse._devices", "jaxsparse.cli._output"},
+    "jaxsparse/bench/__init__.py": set(),
+    "jaxsparse/bench/grid.py": NUMERIC | {"jaxsparse.formats"},
+    "jaxsparse/bench/in_jax.py": NUMERIC | {"jaxsparse.bench.grid", "jaxsparse.ops"},
+    TORCH_COMPETES: {"jax", "numpy", "torch", "torch_bridge.nn", "sparselab"}
+    | {"jaxsparse.bench.grid", "jaxsparse.bench.in_jax"},
+    "jaxsparse/bench/running.py": {"numpy", "jaxsparse.bench.grid", "jaxsparse.costs.racing"},
+    "jaxsparse/cli/bench.py": {"typer", "jaxsparse.bench", "jaxsparse.cli"},
+    "jaxsparse/cli/_bench.py": {"rich", "matplotlib", "jaxsparse.devices", "jaxsparse.bench"}
+    | {"jaxsparse.bench.grid", "jaxsparse.bench.running"},
+    "jaxsparse/cli/show.py": {"typer", "jaxsparse._findings", "jaxsparse._matrices"} | {"jaxsparse.cli"},
+    "jaxsparse/cli/_show.py": {"rich", "jaxsparse.cli"} | SHOWN,
+    "jaxsparse/cli/_show_plot.py": {"numpy", "matplotlib"} | SHOWN,
     "jaxsparse/testing.py": NUMERIC | {"jaxsparse.formats", "jaxsparse.reference"},
 }
 PACKAGES = {"jaxsparse", "torch_bridge"}
@@ -81,6 +155,7 @@ FOREIGN = {"torch", "jax", "numpy", "flax"}
 BRIDGE = {
     "__init__.py": {"_errors", "dlpack", "function", "module", "nn", "torch_ops", "patch", "roles"},
     "_compressed.py": {"dlpack"},
+    "costs.py": {"nn"},
     "_dense.py": set(),
     "_linear.py": {"_dense", "_watch"},
     "_handles.py": set(),
@@ -102,6 +177,7 @@ BRIDGE = {
     "_whole.py": set(),
     "checkpoint.py": set(),
     "roles.py": {"nn"},
+    "summary.py": {"_linear", "nn"},
     "dlpack.py": {"_errors", "_process", "_views", "_watch"},
     "flat_op.py": set(),
     "abstract.py": {"_errors", "_watch"},
@@ -165,15 +241,26 @@ SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
     "_stored.py": {"jaxsparse._arguments", "jaxsparse._sizes", "jaxsparse.formats"},
     "dynamic.py": {"jaxsparse.dynamic"},
     "nn.py": {"jaxsparse._arguments", "jaxsparse.formats"},
-    "patch.py": {"jaxsparse._rules"},
+    "costs.py": {"jaxsparse.costs.layers"},
+    "patch.py": {"jaxsparse._rules", "jaxsparse.costs.racing"},
+    "summary.py": {"jaxsparse._summary"},
     "hugging_face.py": {"jaxsparse._rules", "jaxsparse._sizes"},
 }
 
 
 def imported(path: Path) -> set[str]:
     """Every module that a file imports anywhere, `from jaxsparse import x` as jaxsparse.x."""
+    return names_of(ast.walk(ast.parse(path.read_text())), path)
+
+
+def imported_at_once(path: Path) -> set[str]:
+    """Those at the top of a file."""
+    return names_of(ast.parse(path.read_text()).body, path)
+
+
+def names_of(nodes: Iterable[ast.AST], path: Path) -> set[str]:
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -224,11 +311,15 @@ def test_the_dialects_know_nothing_of_each_other():
 def test_nothing_below_imports_torch():
     for path in SOURCES:
         foreign = {n for n in imported(path) if n.split(".")[0] in ("torch", "torch_bridge")}
-        if str(path.relative_to(ROOT)) == READS_TORCH:  # within functions, when there is such a file
-            top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
-            assert foreign == {"torch"} and "torch" not in {a.name for node in top for a in node.names}
-        else:
-            assert not foreign, path
+        assert foreign == KNOW_TORCH.get(str(path.relative_to(ROOT)), set()), path
+        if str(path.relative_to(ROOT)) == TORCH_COMPETES:
+            continue
+        assert not {n for n in imported_at_once(path) if n.split(".")[0] in ("torch", "torch_bridge")}, path
+
+
+def test_a_command_imports_typer_alone_before_it_runs():
+    for path in ROOT.glob("jaxsparse/cli/[!_]*.py"):
+        assert all(allowed(name, {"typer"}) for name in imported_at_once(path)), path
 
 
 def test_the_check_sees_a_forbidden_import():

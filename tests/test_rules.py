@@ -1,13 +1,11 @@
 """Rules on paths: which one decides, what a bad one is told, and the report."""
 
 import dataclasses
-import functools
-import random
 
 import numpy as np
 import pytest
 
-from jaxsparse._rules import Races, Report, Row, Rule, decide, parse, passed_over, race
+from jaxsparse._rules import Report, Row, Rule, decide, parse, passed_over
 
 LAYERS = ["encoder.0.up", "encoder.0.down", "encoder.1.up", "encoder.10.up", "head"]
 OTHERS = {"encoder.0.norm": "LayerNorm", "encoder": "ModuleList"}
@@ -123,67 +121,6 @@ def test_a_density_that_seldom_pays_is_told(options, density, told):
     last = str(Report([row], 100)).splitlines()[-1]
     assert last.startswith(told) if told else "slow?" not in last
     assert "slow?" not in str(Report([dataclasses.replace(row, milliseconds=(2.0, 1.0))], 100))
-
-
-class Machine:
-    """A clock, and functions that take so many milliseconds on it; `others` says what other processes add to a call."""
-
-    def __init__(self, *milliseconds, others=lambda call: 0.0):
-        self.now, self.calls = 0.0, []
-        self.functions = [functools.partial(self.run, k, ms, others) for k, ms in enumerate(milliseconds)]
-
-    def run(self, k, ms, others):
-        self.now += 1e-3 * (ms + others(len(self.calls)))
-        self.calls.append(k)
-
-    def race(self, **options):
-        return race(self.functions, clock=lambda: self.now, **options)
-
-
-def test_functions_take_turns_and_change_sides_in_a_race():
-    machine = Machine(100.0, 99.0)
-    assert machine.race() == pytest.approx([100, 99])
-    assert machine.calls == [0, 0, 1, 1, *[0, 1, 1, 0] * 3, 0, 1]  # more turns would take more than its seconds
-
-
-def test_a_clear_race_is_short_and_a_close_one_is_not():
-    clear, close = Machine(4.0, 8.0), Machine(4.0, 4.1)
-    clear.race(), close.race()
-    assert len(clear.calls) == 4 + 2 * 7 and len(close.calls) == 4 + 2 * 41
-
-
-def test_short_calls_are_repeated_and_the_one_that_wakes_is_not_counted():
-    machine = Machine(0.5, 0.2)
-    machine.functions = [functools.partial(waking, machine, k, ms) for k, ms in ((0, 0.5), (1, 0.2))]
-    assert machine.race() == pytest.approx([0.5, 0.2])
-
-
-def waking(machine, k, ms):
-    """A call after one of the other function takes 5 ms more."""
-    machine.now += 1e-3 * (ms if machine.calls[-1:] == [k] else ms + 5)
-    machine.calls.append(k)
-
-
-@pytest.mark.parametrize("ratio", [0.9, 1.1])
-@pytest.mark.parametrize("ms", [0.05, 2.0, 20.0])
-@pytest.mark.parametrize("busy", ["half of the time", "at odd times"])
-def test_other_processes_do_not_turn_a_decision(ratio, ms, busy):
-    rng = random.Random(0)
-    others = {
-        "half of the time": lambda call: 15 * ms * (call // 40 % 2),
-        "at odd times": lambda call: rng.expovariate(1 / ms) if rng.random() < 0.6 else 0.0,
-    }[busy]
-    dense, sparse = Machine(ms, ratio * ms, others=others).race()
-    assert (sparse < dense) == (ratio < 1)
-
-
-def test_equal_pairs_are_raced_once():
-    races, made = Races(16), []
-    for key in ("a", "b", "a"):
-        races(key, lambda key=key: made.append(key) or [int, int])
-    assert made == ["a", "b"]
-    with pytest.raises(ValueError, match="give batch"):
-        Races(None)
 
 
 LEFT = {"attn.out": "is an Odd layer.", "attn.in": "is an Odd layer.", "other": "is a Strange one."}

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from jaxsparse._rules import Races, Report, Row, Rule, Rules, check_drawn, decide, parse, passed_over
+from jaxsparse._rules import Report, Row, Rule, Rules, check_drawn, decide, parse, passed_over
+from jaxsparse.costs.racing import Race, Races
 from torch_bridge import _linear
 from torch_bridge.nn import BlockDiagLinear, BlockSparseLinear, SparseLinear
 
@@ -52,7 +53,8 @@ def sparsify(
       dry_run: report what would happen, and change nothing.
       rescale: multiply what is kept, so that every weight keeps its Frobenius norm.
       fresh: draw pattern and weights anew, from torch's generator, for models that were not trained yet.
-      only_if_faster: replace a layer only where its forward and backward pass takes less time than the dense one's.
+      only_if_faster: replace a layer only where a race shows that its forward and backward pass takes less time than
+        the dense one's; where the race can't tell, the layer stays.
       batch: for `only_if_faster`, the number of input rows to measure with.
       also: subclasses of `torch.nn.Linear` that compute just what it does, and whose layers are to be replaced too.
     Returns:
@@ -80,15 +82,15 @@ def sparsify(
         if rule.why_whole:
             left[path] = rule.why_whole
             continue
-        times = _race(races, rule, old, layer) if races else None
-        if times and times[1] >= times[0]:
+        race = _race(races, rule, old, layer) if races else None
+        if race and not race.faster:
             rule, layer = None, old
         error = (
             None
             if fresh and layer is not old
             else _relative_error(old, layer, keeps_all=bool(rule and rule.keep) and not rescale)
         )
-        rows.append(_row(path, rule, old, layer, relative_error=error, milliseconds=times))
+        rows.append(_row(path, rule, old, layer, relative_error=error, race=race))
         if rule:
             new[old] = layer
     undo = [] if dry_run else _replace(model, new)
@@ -306,7 +308,7 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> list[tuple
     return undo
 
 
-def _race(races: Races, rule: Rule, dense: nn.Module, sparse: nn.Module) -> tuple[float, float]:
+def _race(races: Races, rule: Rule, dense: nn.Module, sparse: nn.Module) -> Race:
     (w, trains), bias, _ = _linear.read(dense)
 
     def steps():

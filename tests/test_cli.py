@@ -1,0 +1,287 @@
+"""The command line, through its entry point: what it prints, its exit codes, what it imports."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import scipy.sparse
+from flax import nnx
+
+import cpu_kernels
+import jaxsparse
+from jaxsparse import BlockPattern, _devices, _matrices, _measured, checkpoint, cli
+from jaxsparse._measured import Result, Workload
+from jaxsparse.bench import grid, running
+
+LIBRARY = pytest.mark.skipif(cpu_kernels.library_file() is None, reason="the CPU kernels were not built")
+
+
+def run(*arguments: str) -> int:
+    return cli.main(arguments)
+
+
+def told(capsys) -> dict:
+    return json.loads(capsys.readouterr().out)
+
+
+def test_help_imports_no_jax_and_bad_input_shows_no_traceback():
+    code = """
+import sys
+from jaxsparse import cli
+assert cli.main(["--help"]) == 0
+assert all(cli.main([name, "--help"]) == 0 for name in cli.COMMANDS)
+assert cli.main(["devises"]) == 2
+print(sorted({"jax", "numpy", "flax", "torch", "matplotlib", "rich"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("\n[]\n") and "jaxsparse devices --json" in done.stdout
+    assert done.stderr.splitlines() == [
+        "jaxsparse: No such command 'devises'. Did you mean 'devices'? (--help shows what there is)"
+    ]
+
+
+def test_the_module_runs_as_a_program():
+    done = subprocess.run([sys.executable, "-m", "jaxsparse", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("Usage: jaxsparse [OPTIONS] COMMAND")
+
+
+def test_an_unexpected_error_is_one_line_and_debug_shows_all(monkeypatch, capsys):
+    def broken():
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("jaxsparse._devices.devices", broken)
+    assert run("devices") == cli.FOUND
+    assert capsys.readouterr().err == "jaxsparse: RuntimeError: two lines (--debug shows where)\n"
+    with pytest.raises(RuntimeError, match="two"):
+        run("devices", "--debug")
+
+
+@LIBRARY
+def test_devices_says_what_runs_and_what_the_others_lack(capsys):
+    assert run("devices", "--json") == 0
+    found = told(capsys)
+    by_name = {b["name"]: b for b in found["backends"]}
+    assert list(by_name) == ["xla", "cpu", "mosaic", "triton", "interpret"]
+    assert by_name["cpu"]["runs"] and by_name["cpu"]["reason"] is None
+    assert by_name["mosaic"]["dtypes"] == ["bfloat16", "float16"]
+    for b in found["backends"]:
+        assert b["runs"] or (b["reason"] and b["remedy"])
+    assert found["library"]["isa"] == cpu_kernels.isa() and found["library"]["file"] == str(cpu_kernels.library_file())
+    assert found["versions"]["jaxsparse"] and found == json.loads(json.dumps(jaxsparse.devices().as_dict()))
+
+
+def test_devices_without_the_library_says_what_to_do_and_fails(monkeypatch, capsys):
+    reason = "libjaxsparse_cpu.so was not built. Install a C++17 compiler (g++) and reinstall jaxsparse."
+    monkeypatch.setattr(cpu_kernels, "why_not_loaded", lambda: reason)
+    monkeypatch.setattr(cpu_kernels, "library_file", lambda: None)
+    assert run("devices") == cli.FOUND
+    printed = capsys.readouterr().out
+    assert "why not: libjaxsparse_cpu.so was not built" in printed and "CPU kernels  not built" in printed
+    assert "remedy:  Install a C++17 compiler (g++) and reinstall jaxsparse." in printed
+
+
+def test_devices_shows_what_was_measured_on_the_gpu_here(monkeypatch, tmp_path):
+    monkeypatch.setattr(_measured, "TABLE", tmp_path / "measured.json")
+    won = Result(Workload("spmm", "bfloat16", (64, 64), 4096, 0.1), "mosaic", 3.25, "run 7")
+    _measured.write("NVIDIA H100", [won])
+    gpus = [_devices.Gpu(kind, _measured.results(kind)) for kind in ("NVIDIA H100", "another")]
+    _measured._results.cache_clear()
+    found = dataclasses.replace(jaxsparse.devices(), gpus=tuple(gpus))
+    assert "Measured on NVIDIA H100" in str(found) and "3.25" in str(found)
+    assert "No measurement of another: XLA is the default on it." in str(found)
+    assert found.as_dict()["gpus"][0]["results"][0]["workload"]["rows"] == 4096
+
+
+# ---- show -------------------------------------------------------------------------------------------------
+
+MASK = np.tri(6, 8, 2, bool) & (np.arange(8) != 4)  # an empty output, and 1 to 7 inputs of the others
+
+
+def saved(path, mask=MASK, scale=1.0, block=(1, 1)):
+    pattern = BlockPattern.from_mask(mask, block)
+    checkpoint.save(path, {"first": {"kernel": scale * np.ones(pattern.values_shape, np.float32), "pattern": pattern}})
+    return str(path)
+
+
+def test_show_tells_densities_empty_lines_and_degrees(tmp_path, capsys):
+    assert run("show", saved(tmp_path / "a"), "--json") == 0
+    (layer,) = told(capsys)["layers"]
+    assert (layer["path"], layer["shape"], layer["block"], layer["nnzb"]) == ("first", [6, 8], [1, 1], MASK.sum())
+    outputs, inputs = layer["degrees"]["outputs"], layer["degrees"]["inputs"]
+    assert (outputs["empty"], outputs["least"], outputs["most"]) == (1, 0, MASK.sum(0).max())
+    assert (inputs["empty"], inputs["median"]) == (0, np.median(MASK.sum(1)))
+    assert sum(outputs["counts"]) == 8 and sum(inputs["counts"]) == 6
+
+
+def test_show_draws_the_pattern_in_characters_and_in_a_file(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    assert run("show", saved(tmp_path / "a"), "--png", str(tmp_path / "a.png")) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    drawn = ["│" + "".join("██" if stored else "  " for stored in row) + "│" for row in MASK]
+    assert all(line in lines for line in drawn)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_show_diff_counts_what_moved_and_says_so_by_its_exit_code(tmp_path, capsys):
+    a, same = saved(tmp_path / "a"), saved(tmp_path / "same")
+    other = MASK.copy()
+    other[0, 0], other[0, 7], other[0, 6] = False, True, True
+    b = saved(tmp_path / "b", other, scale=1.5)
+    assert run("show", a, "--diff", same) == 0
+    capsys.readouterr()
+    assert run("show", a, "--diff", b, "--json") == cli.FOUND
+    moved = told(capsys)["moved"]["first"]
+    assert (moved["kept"], moved["gone"], moved["grown"]) == (MASK.sum() - 1, 1, 2)
+    assert moved["change"] == pytest.approx(0.5)
+    assert run("show", a, "--diff", saved(tmp_path / "c", MASK[:, :6])) == cli.FOUND
+    assert "6x8 became 6x6" in capsys.readouterr().out
+    assert run("show", a, "--diff", saved(tmp_path / "d", block=2), "--png", str(tmp_path / "d.png")) == cli.FOUND
+    assert "blocks of 1x1 became 2x2" in capsys.readouterr().out
+
+
+def test_what_show_cannot_read_is_one_line_and_exit_code_2(tmp_path, capsys):
+    (tmp_path / "text").write_text("nothing")
+    np.save(tmp_path / "array.npy", np.ones(3))
+    checkpoint.save(tmp_path / "empty", {"bias": np.ones(3)})
+    for name, says in {"none": "no such file", "text": "can't be read", "empty": "holds no weight matrix"}.items():
+        assert run("show", str(tmp_path / name)) == cli.BAD_INPUT
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("jaxsparse: ") and says in line
+    assert run("show", saved(tmp_path / "a"), "--layers", "second") == cli.BAD_INPUT
+    assert "there are first" in capsys.readouterr().err
+    assert run("show") == cli.BAD_INPUT and "Missing argument 'FILE'" in capsys.readouterr().err
+
+
+def stored(found: dict) -> list:
+    return [(name, m.stored, m.shape, m.pattern and m.pattern.nnzb) for name, m in found.items()]
+
+
+LAYERS = [("layers.0", "sparse", (8, 6), 12), ("layers.1", "blocks", (6, 7), 6), ("layers.2", "dense", (7, 3), None)]
+
+
+def net() -> nnx.Module:
+    rngs = nnx.Rngs(0)
+    layers = (
+        jaxsparse.SparseLinear(8, 6, density=0.25, rngs=rngs),
+        jaxsparse.BlockSparseLinear(6, 7, density=0.5, block=2, rngs=rngs),
+    )
+    return nnx.Sequential(*layers, nnx.Linear(7, 3, rngs=rngs))
+
+
+def test_matrices_are_found_in_an_nnx_state_and_in_what_orbax_saved_of_it(tmp_path):
+    state = nnx.state(net())
+    checkpoint.save(tmp_path / "ours", state)
+    assert stored(_matrices.read(tmp_path / "ours")) == LAYERS
+    ocp = pytest.importorskip("orbax.checkpoint", reason="orbax is not installed")
+    with ocp.CheckpointManager(tmp_path / "steps") as manager:
+        manager.save(20, args=ocp.args.StandardSave(nnx.to_pure_dict(state)))
+    (tmp_path / "steps" / "3").mkdir()  # an earlier one, which is not read
+    found = _matrices.read(tmp_path / "steps")
+    assert stored(found) == LAYERS
+    np.testing.assert_array_equal(found["layers.0"].values, state["layers"][0]["kernel"][...])
+
+
+def test_matrices_are_found_in_linens_collections_and_in_stacks(tmp_path):
+    model = jaxsparse.SparseDense(6, density=0.25)
+    variables = jax.vmap(model.init, (0, None))(jax.random.split(jax.random.key(0), 2), np.ones((1, 8)))
+    opt_state = {"mu": {"kernel": np.ones((3, 3))}}
+    checkpoint.save(tmp_path / "file", {"params": {"a": variables["params"]}, "pattern": {"a": variables["pattern"]}})
+    assert stored(_matrices.read(tmp_path / "file")) == [("a.0", "sparse", (8, 6), 12), ("a.1", "sparse", (8, 6), 12)]
+    checkpoint.save(tmp_path / "moments", {"kernel": np.eye(3), "opt_state": opt_state})
+    assert stored(_matrices.read(tmp_path / "moments")) == [("kernel", "dense", (3, 3), 3)]
+
+
+def test_matrices_are_found_in_files_of_other_libraries(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import torch_bridge
+
+    layers = torch_bridge.SparseLinear(8, 6, 0.25), torch_bridge.BlockSparseLinear(6, 7, 0.5, block=2)
+    model = torch.nn.ModuleDict({"layers": torch.nn.Sequential(*layers, torch.nn.Linear(7, 3))})
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    assert stored(_matrices.read(tmp_path / "model.pt")) == LAYERS
+    scipy.sparse.save_npz(tmp_path / "m.npz", scipy.sparse.random_array((5, 4), density=0.5, format="csr"))
+    assert stored(_matrices.read(tmp_path / "m.npz")) == [("matrix", "sparse", (5, 4), 10)]
+
+
+# ---- bench ------------------------------------------------------------------------------------------------
+
+SMALL = ("bench", "--in", "16,32", "--out", "24", "--batch", "4", "--block", "8", "--density", "0.25", "--seconds", "0")
+
+
+def test_bench_times_every_cell_of_the_grid_and_writes_it_down(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    files = ("--save", str(tmp_path / "run.json"), "--png", str(tmp_path / "run.png"))
+    assert run(*SMALL, *files, "--only", "^jaxsparse$|JAX dense", "--json") == 0
+    found = told(capsys)
+    assert found == json.loads((tmp_path / "run.json").read_text())
+    assert [(c["size_in"], c["size_out"], c["block"], c["density"]) for c in found["cells"]] == [
+        (16, 24, 8, 0.25),
+        (32, 24, 8, 0.25),
+    ]
+    for cell in found["cells"]:
+        assert set(cell["results"]) == {"jaxsparse", "JAX dense"}
+        for result in cell["results"].values():
+            assert 0 < result["low"] <= result["ms"] <= result["high"] and result["turns"] >= 7 and not result["note"]
+        dense, ours = (cell["results"][name] for name in ("JAX dense", "jaxsparse"))
+        assert dense["speed"] == 1 and ours["speed"] == pytest.approx(dense["ms"] / ours["ms"])
+    assert found["machine"]["cores"] >= 1 and found["versions"]["jax"] == jax.__version__
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("block", [1, 8])
+@pytest.mark.parametrize("train", [False, True], ids=["forward", "training"])
+def test_every_contender_of_bench_is_right_or_says_what_stops_it(block, train, monkeypatch):
+    monkeypatch.setattr(running, "take_turns", lambda calls, seconds, pause: [[[1e-3] for _ in calls]])
+    (cell,) = grid.cells([16], [20], [4], [block], [0.5], "f32", train)
+    (measured,) = running.run([cell], 0)
+    beside = {"JAX BCOO"} if block == 1 else set()
+    assert {"jaxsparse", "JAX dense", "JAX masked"} | beside <= set(measured.results)
+    if "torch" in running.frameworks():
+        assert {"jaxsparse, torch", "torch dense", "torch masked"} <= set(measured.results)
+    for name, result in measured.results.items():
+        stopped = name in ("torch BSR", "torch CSR") and result.note.startswith(("RuntimeError", "NotImplementedError"))
+        assert stopped or (result.ms == 1.0 and not result.note), (name, result.note)
+
+
+def test_a_contender_that_computes_something_else_is_not_timed(monkeypatch, capsys):
+    from jaxsparse.bench import in_jax
+
+    monkeypatch.setattr(in_jax, "spmm", lambda x, w, pattern: 2 * jaxsparse.spmm(x, w, pattern))
+    assert run(*SMALL, "--only", "^jaxsparse$|JAX dense") == 0
+    printed = capsys.readouterr().out
+    assert "jaxsparse: a wrong result, relative error 1.0e+00" in printed and "32x24, batch 4, blocks of 8x8" in printed
+
+
+def test_bench_that_is_interrupted_keeps_what_it_has(tmp_path, monkeypatch, capsys):
+    whole, cells = running.take_turns, []
+
+    def interrupted(calls, seconds, pause):
+        cells.append(calls)
+        if len(cells) == 2:
+            raise KeyboardInterrupt
+        return whole(calls, seconds, pause=pause)
+
+    monkeypatch.setattr(running, "take_turns", interrupted)
+    assert run(*SMALL, "--only", "JAX dense", "--save", str(tmp_path / "run.json")) == cli.FOUND
+    assert len(json.loads((tmp_path / "run.json").read_text())["cells"]) == 1
+    assert capsys.readouterr().err == "jaxsparse: interrupted after 1 of 2 cells, which are kept.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--in", "ten"], "--in takes whole numbers with commas between, got 'ten'."),
+        (["--density", "2"], "density 2.0 is outside 0 to 1"),
+        (["--in", "16", "--block", "32"], "a block of 32 is larger than a matrix of 16x16."),
+        (["--dtype", "int8"], "dtype 'int8' is not one of float32"),
+        (["--batch", "0"], "batch 0 is less than 1."),
+        (["--batch", ""], "--batch has no value."),
+    ],
+)
+def test_a_grid_that_is_none_is_refused(arguments, says, capsys):
+    assert run("bench", *arguments) == cli.BAD_INPUT
+    assert says in capsys.readouterr().err
