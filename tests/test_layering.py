@@ -67,12 +67,15 @@ TABLE = {
     "jaxsparse/linen.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},
     "jaxsparse/nnx.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},
     "jaxsparse/roles.py": {"jax", "jaxsparse.formats"},
-    "jaxsparse/_rules.py": {"jaxsparse._sizes"},
+    "jaxsparse/_rules.py": {"jaxsparse._sizes", "jaxsparse.costs.racing"},
+    "jaxsparse/costs/__init__.py": set(),
+    "jaxsparse/costs/racing.py": set(),
     "jaxsparse/_densify.py": NUMERIC
     | {"flax", "jaxsparse.formats", "jaxsparse.linen", "jaxsparse.nnx", "jaxsparse._xla"},
     "jaxsparse/surgery.py": NUMERIC
     | {"flax", "jaxsparse.formats", "jaxsparse._arguments", "jaxsparse._densify", "jaxsparse._rules"}
-    | {"jaxsparse.linen", "jaxsparse.nnx"},
+    | {"jaxsparse.linen", "jaxsparse.nnx"}
+    | {"jaxsparse.costs.racing"},
     "jaxsparse/_select.py": NUMERIC,
     "jaxsparse/_places.py": NUMERIC | FORMATS | {"jaxsparse._select"},
     "jaxsparse/_replicas.py": {"jax"},
@@ -210,7 +213,7 @@ SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
     "_stored.py": {"jaxsparse._arguments", "jaxsparse._sizes", "jaxsparse.formats"},
     "dynamic.py": {"jaxsparse.dynamic"},
     "nn.py": {"jaxsparse._arguments", "jaxsparse.formats"},
-    "patch.py": {"jaxsparse._rules"},
+    "patch.py": {"jaxsparse._rules", "jaxsparse.costs.racing"},
     "summary.py": {"jaxsparse._summary"},
     "hugging_face.py": {"jaxsparse._rules", "jaxsparse._sizes"},
 }
