@@ -226,8 +226,10 @@ def _is_dense(path: _Path, leaf: Any) -> bool:
 
 
 def _is_weight(path: _Path, leaf: Any, ndim: int) -> bool:
-    """Whether this array is called a weight, is of floats, and is no moment of one."""
+    """Whether this array is called a weight, is of floats, and is neither a moment of one nor an embedding."""
     if path[-1] not in _WEIGHTS or _NO_WEIGHTS & set(path) or not hasattr(leaf, "dtype"):
+        return False
+    if len(path) > 1 and "embed" in path[-2]:  # a table of rows to look up, which torch calls a weight too
         return False
     return leaf.ndim == ndim and jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact)
 

@@ -223,8 +223,11 @@ def test_matrices_are_found_in_files_of_other_libraries(tmp_path):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     import torch_bridge
 
+    table = torch.nn.Embedding(9, 8)
     layers = torch_bridge.SparseLinear(8, 6, 0.25), torch_bridge.BlockSparseLinear(6, 7, 0.5, block=2)
-    model = torch.nn.ModuleDict({"layers": torch.nn.Sequential(*layers, torch.nn.Linear(7, 3))})
+    model = torch.nn.ModuleDict(
+        {"word_embeddings": table, "layers": torch.nn.Sequential(*layers, torch.nn.Linear(7, 3))}
+    )
     torch.save(model.state_dict(), tmp_path / "model.pt")
     assert stored(_matrices.read(tmp_path / "model.pt")) == LAYERS
     scipy.sparse.save_npz(tmp_path / "m.npz", scipy.sparse.random_array((5, 4), density=0.5, format="csr"))
