@@ -26,7 +26,7 @@ class Matrix(NamedTuple):
     """A weight (in, out).
 
     Attributes:
-      stored: "sparse", "blocks" or "dense": how the checkpoint has it.
+      stored: "sparse", "blocks", "diagonal" (blocks along the diagonal) or "dense": how the checkpoint has it.
       pattern: where it stores, or, where it is dense, is not zero; None of a dense one with few zeros.
       values: of the pattern; of a dense matrix without one, the matrix; None where a format stores none.
       density: the share that is stored, or is not zero.
@@ -45,7 +45,8 @@ def read(path: str | os.PathLike) -> dict[str, Matrix]:
     It reads what `jaxsparse.checkpoint`, `torch_bridge.checkpoint` and Orbax write (of a folder of steps the last), and
     whatever `jaxsparse.files.read` reads: safetensors and folders of them, as Hugging Face has, `torch.save`, SciPy's
     .npz, Matrix Market. Buffers of torch's layers, and patterns beside values, are put together. Dense weights are
-    those called "kernel" (in, out) or "weight" (out, in), outside of optimizer states.
+    those called "kernel" (in, out) or "weight" (out, in), outside of optimizer states. Block-diagonal ones are known by
+    their biases.
 
     Raises:
       ValueError: with the reason, for other content, and where there is no weight matrix.
@@ -147,13 +148,16 @@ def _matrices(leaves: dict[_Path, Any]) -> Iterator[tuple[str, Matrix]]:
             used.add(values or path)
             matrix = SparseMatrix(leaf, leaves[values] if values else None)
             found.append((place[values or path], _layer(values or path), matrix))
-    dense = {path: leaf for path, leaf in leaves.items() if path not in used and _is_dense(path, leaf)}
-    found += [(place[path], _layer(path), _as_stored(path, leaf)) for path, leaf in dense.items()]
+    for path, leaf in leaves.items():
+        if path not in used and _is_dense(path, leaf):
+            found.append((place[path], _layer(path), _as_stored(path, leaf)))
+        elif path not in used and _is_diagonal(leaves, path):
+            found.append((place[path], _layer(path), np.asarray(leaf)))
     for _, path, matrix in sorted(found, key=lambda item: item[0]):
         if isinstance(matrix, SparseMatrix):
             yield from _sparse(path, matrix)
         else:
-            yield ".".join(path), _dense(matrix)
+            yield ".".join(path), _dense(matrix) if matrix.ndim == 2 else _diagonal(matrix)
 
 
 def _layer(path: _Path) -> _Path:
@@ -203,10 +207,31 @@ def _sparse(path: _Path, matrix: SparseMatrix) -> Iterator[tuple[str, Matrix]]:
         yield from _sparse((*path, str(n)), SparseMatrix(one, None if values is None else np.asarray(values)[n]))
 
 
-def _is_dense(path: _Path, leaf: Any) -> bool:
-    if path[-1] not in _WEIGHTS or _NO_WEIGHTS & set(path) or np.ndim(leaf) != 2 or not hasattr(leaf, "dtype"):
+def _is_diagonal(leaves: dict[_Path, Any], path: _Path) -> bool:
+    """Whether this is the weight [n, i, o] of a block-diagonal layer, by its bias [n * o]; a convolution has [o]."""
+    if not _is_weight(path, leaves[path], 3):
         return False
-    return min(np.shape(leaf)) > 0 and jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact)
+    (n, _, o), bias = leaves[path].shape, leaves.get((*path[:-1], "bias"))
+    return min(n, o) > 1 and np.shape(bias) == (n * o,)
+
+
+def _diagonal(blocks: np.ndarray) -> Matrix:
+    n, i, o = blocks.shape
+    pattern = BlockPattern.block_diagonal(n, (i, o))
+    return Matrix("diagonal", pattern.shape, pattern, blocks.reshape(pattern.values_shape), 1 / n)
+
+
+def _is_dense(path: _Path, leaf: Any) -> bool:
+    return _is_weight(path, leaf, 2) and min(leaf.shape) > 0
+
+
+def _is_weight(path: _Path, leaf: Any, ndim: int) -> bool:
+    """Whether this array is called a weight, is of floats, and is neither a moment of one nor an embedding."""
+    if path[-1] not in _WEIGHTS or _NO_WEIGHTS & set(path) or not hasattr(leaf, "dtype"):
+        return False
+    if len(path) > 1 and "embed" in path[-2]:  # a table of rows to look up, which torch calls a weight too
+        return False
+    return leaf.ndim == ndim and jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact)
 
 
 def _as_stored(path: _Path, leaf: Any) -> np.ndarray:

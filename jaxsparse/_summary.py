@@ -129,8 +129,7 @@ def _table(summed: Summary) -> Any:
     table.add_column("density", justify="right")
     table.add_column("parameters", f"{summed.parameters:,}", justify="right")
     table.add_column("bytes", in_bytes(summed.bytes), justify="right")
-    table.add_column("FLOPs a row", f"{summed.flops:,}", justify="right")
-    table.add_column("share", justify="right")
+    table.add_column("of FLOPs", justify="right")
     for row in summed.rows:
         share = summed.share(row)
         table.add_row(
@@ -141,7 +140,6 @@ def _table(summed: Summary) -> Any:
             f"{row.density:.3g}",
             f"{row.parameters:,}",
             in_bytes(row.bytes),
-            "?" if row.flops is None else f"{row.flops:,}",
             "?" if share is None else f"{share:.1%}",
         )
     return table

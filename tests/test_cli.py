@@ -1,5 +1,6 @@
 """The command line, through its entry point: what it prints, its exit codes, what it imports."""
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -58,6 +59,18 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_all(monkeypatch, capsys
     assert capsys.readouterr().err == "jaxsparse: RuntimeError: two lines (--debug shows where)\n"
     with pytest.raises(RuntimeError, match="two"):
         run("devices", "--debug")
+
+
+def test_an_interrupt_and_a_reader_that_left_are_no_errors(monkeypatch, capsys, tmp_path):
+    for stopped, code in ((KeyboardInterrupt, cli.INTERRUPTED), (BrokenPipeError(32, "Broken pipe"), None)):
+
+        def stop(stopped=stopped):
+            raise stopped
+
+        with monkeypatch.context() as patched, contextlib.suppress(SystemExit):
+            patched.setattr("jaxsparse._devices.devices", stop)
+            assert run("devices") == code
+    assert capsys.readouterr().err == ""
 
 
 @LIBRARY
@@ -195,12 +208,26 @@ def test_matrices_are_found_in_linens_collections_and_in_stacks(tmp_path):
     assert stored(_matrices.read(tmp_path / "moments")) == [("kernel", "dense", (3, 3), 3)]
 
 
+def test_block_diagonal_weights_are_known_by_their_biases_and_convolutions_are_none(tmp_path):
+    layer = jaxsparse.BlockDiagLinear(8, 12, 4, rngs=nnx.Rngs(0))
+    convolutions = nnx.Conv(3, 5, (2,), rngs=nnx.Rngs(0)), nnx.Conv(3, 5, (1,), rngs=nnx.Rngs(0))
+    in_torch = {"weight": np.ones((5, 3, 1)), "bias": np.ones(5)}
+    tree = [nnx.to_pure_dict(nnx.state(m)) for m in (layer, *convolutions)]
+    checkpoint.save(tmp_path / "file", {"layers": [*tree, in_torch]})
+    (found,) = _matrices.read(tmp_path / "file").items()
+    assert stored(dict([found])) == [("layers.0", "diagonal", (8, 12), 4)]
+    np.testing.assert_array_equal(found[1].pattern.to_dense(found[1].values)[2:4, 3:6], layer.kernel[...][1])
+
+
 def test_matrices_are_found_in_files_of_other_libraries(tmp_path):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     import torch_bridge
 
+    table = torch.nn.Embedding(9, 8)
     layers = torch_bridge.SparseLinear(8, 6, 0.25), torch_bridge.BlockSparseLinear(6, 7, 0.5, block=2)
-    model = torch.nn.ModuleDict({"layers": torch.nn.Sequential(*layers, torch.nn.Linear(7, 3))})
+    model = torch.nn.ModuleDict(
+        {"word_embeddings": table, "layers": torch.nn.Sequential(*layers, torch.nn.Linear(7, 3))}
+    )
     torch.save(model.state_dict(), tmp_path / "model.pt")
     assert stored(_matrices.read(tmp_path / "model.pt")) == LAYERS
     scipy.sparse.save_npz(tmp_path / "m.npz", scipy.sparse.random_array((5, 4), density=0.5, format="csr"))

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 COMMANDS = ("devices", "explain", "show", "bench")  # in the order of the help
-FOUND, BAD_INPUT = 1, 2
+FOUND, BAD_INPUT, INTERRUPTED = 1, 2, 130
 _BAD_INPUT = (ValueError, OSError, ImportError, NotImplementedError)
 
 
@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         others = [argument for argument in given if argument != "--debug"]
         code = _app()(others or ["--help"], "jaxsparse", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
     except BrokenPipeError:  # the reader, as `head`, has seen enough
         sys.stdout = None  # or Python tries once more when it ends
         return 0

@@ -120,8 +120,10 @@ def tables(measured: Sequence[Measured], about: dict[str, Any]) -> Iterator[Any]
     if not measured:
         return
     machine = about["machine"]
-    yield f"{machine['cpu']}, {machine['cores']} cores, {machine['platform']}. A call in ms, and its speed relative to"
-    yield "the faster of the dense ones (JAX, torch); ±: quartiles of the turns, where they are more than 5 % apart."
+    yield (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['platform']}. Milliseconds of a call, and its speed "
+        "relative to the faster of the dense ones; ~: the quartiles of the turns are more than a fifth apart."
+    )
     load, cores = (machine["load_before"] or [0])[0], machine["cores"]
     if load > cores / 2:
         yield f"[red]The machine was busy: a load of {load:.1f} on {cores} cores before the run. Expect noise.[/red]"
@@ -187,10 +189,9 @@ def _shown(m: Measured, name: str) -> str:
     result = m.results.get(name)
     if result is None or result.ms is None or result.low is None or result.high is None:
         return "-"
-    spread = (result.high - result.low) / 2 / result.ms
-    around = f" ±{spread:.0%}" if spread > 0.05 else ""
+    about = "~" if result.high - result.low > 0.2 * result.ms else ""
     speed = m.speed(name)
-    return f"{result.ms:.3g}{around}" + (f" [green]{speed:.2f}x[/green]" if speed else "")
+    return f"{about}{result.ms:.3g}" + (f"  [green]{speed:.2f}x[/green]" if speed else "")
 
 
 def _notes(group: list[Measured]) -> Iterator[Any]:
