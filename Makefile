@@ -1,6 +1,6 @@
 # make demo | test | test-all: each sets up a virtual environment by itself the first time, and works at once after that.
 # make test leaves out what takes long; make test-all is what continuous integration runs.
-# make check: formatting, lint and types as well.
+# make check: formatting, lint and types as well. make docs: the documentation as a site.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -q -n auto --dist loadgroup
 export PYTHONDONTWRITEBYTECODE = 1
 
-.PHONY: demo test test-all check mutants clean
+.PHONY: demo test test-all check docs mutants clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.ready
@@ -29,6 +29,11 @@ check: $(VENV)/.ready
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright
+
+docs: $(VENV)/.ready
+	@echo "docs: the site, with warnings and dead links as errors, some seconds"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build
+	@echo "docs: open out/site/index.html"
 
 mutants: $(VENV)/.ready
 	@echo "mutants: faults planted in a copy, each with the test that must find it, some minutes"

@@ -38,7 +38,7 @@ def save(path: str | os.PathLike, tree: Any) -> None:
 
     Args:
       path: the file; its folder must exist.
-      tree: an array at the path ['layers'][0]['kernel'] is `layers.0.kernel` to other readers of safetensors.
+      tree: an array at the path `['layers'][0]['kernel']` is `layers.0.kernel` to other readers of safetensors.
     Raises:
       ValueError: with the path and the type, for what can't be given back; nothing is written then.
     """

@@ -22,7 +22,7 @@ class BlockDiagonal(NamedTuple):
     """A dense matrix as diagonal blocks: x W is about `block_diag_matmul(x[:, rows], blocks)[:, argsort(cols)]`.
 
     Attributes:
-      blocks: [num_blocks, i, o], the entries of w[rows][:, cols] on the diagonal.
+      blocks: [num_blocks, i, o], the entries of `w[rows][:, cols]` on the diagonal.
       rows: int64 [in], which input stands where; `cols`: int64 [out], which output.
       relative_error: the norm of what is cut off, by the norm of w.
     """

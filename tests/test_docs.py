@@ -1,30 +1,56 @@
-"""The code of the pages in docs runs, block after block; links in the docs lead somewhere."""
+"""The code of the documentation runs, page by page; links lead somewhere; every page is in the navigation."""
 
 import re
 from pathlib import Path
 
+import blocks
 import pytest
 
+import jaxsparse
+
 ROOT = Path(__file__).parent.parent
+PAGES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))
+APART = {
+    "docs/coming_from.md",
+    "docs/command_line.md",
+    "docs/optimizers.md",
+}  # each has a test that says more of what its code leaves behind
+WITH_CODE = [page for page in PAGES if blocks.blocks(page) and page not in APART]
 
 
 def run(page: str) -> dict:
     """The names that the page's blocks of Python leave behind."""
     namespace: dict = {}
-    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL):
-        exec(compile(code, page, "exec"), namespace)
+    blocks.run(page, blocks.blocks(page), namespace)
     return namespace
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")  # torch's own
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch):
+    if any("torch" in code for code in blocks.blocks(page)):
+        pytest.importorskip("torch", reason="torch is not installed")
+    monkeypatch.chdir(tmp_path)  # some of them write files
+    run(page)
+
+
+def test_a_promise_that_is_not_kept_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "ROOT", tmp_path)
+    (tmp_path / "page.md").write_text("```diff\n-y = 1\n+y = 2\n x = 3\n```\n\n```python\nprint(x + y)  # 4\n```\n")
+    with pytest.raises(AssertionError, match="promises '4'"):
+        run("page.md")
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")  # torch's own
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
-def test_the_code_of_coming_from_runs_in_order(tmp_path, monkeypatch, capsys):
+def test_the_code_of_coming_from_runs_in_order(tmp_path, monkeypatch):
     pytest.importorskip("torch", reason="torch is not installed")
     for package in ("transformers", "peft", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed")
     monkeypatch.chdir(tmp_path)
-    namespace = run("coming_from.md")
-    printed = capsys.readouterr().out
+    namespace: dict = {}
+    printed = blocks.run("docs/coming_from.md", blocks.blocks("docs/coming_from.md"), namespace)
     assert "whole model" in printed and {row.kind for row in namespace["report"]} == {"sparse"}
     program, x, y = (namespace[name] for name in ("program", "x", "y"))
     namespace["torch"].testing.assert_close(program.module()(x), namespace["torch"].from_numpy(y))
@@ -39,7 +65,7 @@ def test_the_code_of_optimizers_runs_in_order_and_does_what_it_says():
     import optax
     import torch
 
-    names = run("optimizers.md")
+    names = run("docs/optimizers.md")
     kernels = {"SparseDense_0", "BlockSparseDense_0", "Dense_0"}
     assert {layer for layer, leaves in names["mask"].items() if leaves.get("kernel")} == kernels
     assert not any(leaves["bias"] for leaves in names["mask"].values())
@@ -63,7 +89,7 @@ def test_the_code_of_command_line_runs_and_its_commands_exist(tmp_path, monkeypa
     from jaxsparse import cli
 
     monkeypatch.chdir(tmp_path)
-    assert [row.kind for row in run("command_line.md")["summed"]] == ["SparseLinear", "Linear"]
+    assert [row.kind for row in run("docs/command_line.md")["summed"]] == ["SparseLinear", "Linear"]
     assert "SparseLinear" in capsys.readouterr().out and (tmp_path / "pattern.png").exists()
     text = (ROOT / "docs" / "command_line.md").read_text()
     assert set(re.findall(r"^## (\w+)$", text, re.MULTILINE)) == set(cli.COMMANDS)
@@ -74,7 +100,33 @@ def test_the_code_of_command_line_runs_and_its_commands_exist(tmp_path, monkeypa
         assert all(option in printed for option in options), line
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/*.md")), ids=lambda p: p.name)
-def test_links_lead_to_files(path):
-    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
-        assert (path.parent / target).exists(), target
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_every_page_is_in_the_navigation():
+    listed = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert {page.removeprefix("docs/") for page in PAGES} == listed
+
+
+def test_commands_in_the_pages_name_files_and_targets_that_exist():
+    targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        for script in re.findall(r"(?:python3?|bash) ((?:benchmarks|examples|tools|findings)/\S+\.(?:py|sh))", text):
+            assert (ROOT / script).exists(), f"{page}: {script}"
+        for target in re.findall(r"^make ([\w-]+)", text, re.MULTILINE):
+            assert target in targets, f"{page}: make {target}"
+
+
+def test_the_reference_has_every_public_name():
+    import torch_bridge
+
+    text = "".join((ROOT / page).read_text() for page in PAGES if page.startswith("docs/api/"))
+    shown = set(re.findall(r"^::: (\S+)", text, re.MULTILINE))
+    for package in (jaxsparse, torch_bridge):
+        for name in package.__all__:
+            home = getattr(package, name).__module__
+            assert {f"{package.__name__}.{name}", home} & shown, f"{package.__name__}.{name}"

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from blocks import blocks, run
 
 import jaxsparse
 from jaxsparse import _backends
@@ -12,22 +13,17 @@ from jaxsparse import _backends
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 NO_KERNELS = _backends.why_not("cpu")  # the README says what a machine with a compiler prints
-BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+BLOCKS = blocks("README.md")
 
 
-def test_the_code_blocks_run_in_order(capsys, tmp_path, monkeypatch):
+def test_the_code_blocks_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # one of them writes a file
     namespace: dict = {}
     without_torch = [code for code in BLOCKS if "import torch" not in code and not ("why_not" in code and NO_KERNELS)]
-    for code in without_torch:
-        exec(compile(code, "README.md", "exec"), namespace)
-    promised = re.findall(r"print\(.*#\s*(.*)", "".join(without_torch))
-    assert capsys.readouterr().out.split("\n")[:-1] == promised
+    run("README.md", without_torch, namespace)
     if not importlib.util.find_spec("torch"):
         pytest.skip("torch is not installed: the README's PyTorch block did not run")
-    for code in BLOCKS:
-        if code not in without_torch:
-            exec(compile(code, "README.md", "exec"), namespace)
+    run("README.md", [code for code in BLOCKS if code not in without_torch], namespace)
 
 
 def test_runnable_code_starts_by_line_8():
