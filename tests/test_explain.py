@@ -1,5 +1,6 @@
 """`explain` and `measure`: from a profile that is given, so that nothing is timed but toys, and no timing decides."""
 
+import dataclasses
 import json
 
 import pytest
@@ -64,6 +65,12 @@ def test_bad_input_is_refused(options, reason):
     good = {"in_features": 8, "out_features": 8, "batch": 1, "density": 0.5}
     with pytest.raises(ValueError, match=reason):
         jaxsparse.explain(**(good | options))
+
+
+def test_rates_of_a_busy_machine_are_told(monkeypatch):
+    assert "cores busy" not in str(jaxsparse.explain(8, 8, 1, 0.5))
+    monkeypatch.setattr(machine, "profile", lambda torch=False: dataclasses.replace(PROFILE, busy=1.5))
+    assert "Others kept 1.5 cores busy while the machine's rates" in str(jaxsparse.explain(8, 8, 1, 0.5))
 
 
 def test_crossover_is_where_prediction_and_dense_meet():

@@ -15,6 +15,7 @@ from jaxsparse.costs.measuring import contest
 from jaxsparse.costs.racing import Race
 from jaxsparse.costs.words import amount, milliseconds, table
 
+_BUSY = 0.3  # cores of others, from which on rates are doubted
 _WIDTH = 80  # of a terminal
 BLOCKS = (8, 16, 32, 64, 128)  # sides for which the density is found at which a layer is as fast as dense
 
@@ -72,6 +73,7 @@ class Explanation:
             "framework": self.profile.framework,
             "machine": self.profile.machine,
             "threads": self.profile.threads,
+            "cores_busy_when_measured": self.profile.busy,
             "formats": [_as_dict(row) for row in self.rows],
             "crossover": {str(side): density for side, density in self.crossover.items()},
             "crossover_of": "step" if self.train else "forward",
@@ -86,6 +88,12 @@ class Explanation:
         )
         said = [f"{row.layer}: {row.note}." for row in self.rows if row.note]
         said += [f"Measured, {mode}, {row.layer}: {race}." for row in self.rows for mode, race in row.races.items()]
+        if p.busy > _BUSY:
+            file = machine.cache_file(p.framework)
+            said.append(
+                f"Others kept {p.busy:.1f} cores busy while the machine's rates were measured, so that these are too "
+                f"low: delete {file} when it is quiet."
+            )
         notes = [line for each in said for line in textwrap.wrap(each, _WIDTH, subsequent_indent="  ")]
         below = [f"{'single entries' if b == 1 else f'{b}x{b}'} {_density(d)}" for b, d in self.crossover.items()]
         what = "training step" if self.train else "forward pass"

@@ -60,6 +60,7 @@ class Profile:
         kernels use depends on its instruction set.
       memory: bytes a second that a product with one row reads of its weights, by the bytes of these: of weights that
         fit caches, and of those that don't.
+      busy: cores that other processes used meanwhile, where the system tells (Linux); such rates are too low.
       calls: seconds of the smallest layer, by mode: "forward"; "gradients", forward and backward; "step", with Adam.
     """
 
@@ -70,6 +71,7 @@ class Profile:
     kernels: Mapping[str, float]
     memory: Mapping[int, float]
     calls: Mapping[str, float]
+    busy: float = 0.0
 
     def rate(self, dtype: str) -> float:
         """Operations a second."""
@@ -154,6 +156,7 @@ def measure(framework: str, clock: Callable[[], float] = time.perf_counter) -> P
       ImportError: where the framework is not installed.
     """
     side = importlib.import_module(FRAMEWORKS[framework])
+    before = _used()
     calls = _seconds(side, layers.dense((8, 8), 8), ("forward", "gradients", "step"), clock)
     rates, kernels, memory = {}, {}, {}
     for dtype in layers.ITEMSIZE:
@@ -164,7 +167,19 @@ def measure(framework: str, clock: Callable[[], float] = time.perf_counter) -> P
         kernels[name] = large.operations / _seconds(side, large, ("forward",), clock)["forward"]
     for size, n in _THIN.items():
         memory[size] = size / _seconds(side, layers.dense((n, n), 1), ("forward",), clock)["forward"]
-    return Profile(framework, cpu_name(), side.threads(), rates, kernels, memory, calls)
+    wall, all_of_them, own = (b - a for a, b in zip(before, _used(), strict=True))
+    busy = round(max(0.0, all_of_them - own) / wall, 2)
+    return Profile(framework, cpu_name(), side.threads(), rates, kernels, memory, calls, busy)
+
+
+def _used() -> tuple[float, float, float]:
+    """Seconds: now; of all cores, in all processes; of this process. Of all 0 where the system does not tell."""
+    try:
+        user, nice, system, _idle, _wait, *rest = map(int, Path("/proc/stat").read_text().split()[1:9])
+        all_of_them = (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):
+        all_of_them = 0.0
+    return time.perf_counter(), all_of_them, time.process_time() if all_of_them else 0.0
 
 
 def _seconds(side: Any, layer: layers.Layer, modes: tuple[str, ...], clock: Callable[[], float]) -> dict[str, float]:
