@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from jaxsparse._devices import devices
     from jaxsparse._picture import plot_pattern
     from jaxsparse._summary import summary
+    from jaxsparse.costs.explaining import explain
+    from jaxsparse.costs.measuring import measure
     from jaxsparse.formats import BlockPattern
     from jaxsparse.linen import BlockDiagDense, BlockSparseDense, SparseDense
     from jaxsparse.nnx import BlockDiagLinear, BlockSparseLinear, SparseLinear
@@ -26,6 +28,8 @@ __all__ = [
     "block_diag_matmul",
     "decay_mask",
     "devices",
+    "explain",
+    "measure",
     "plot_pattern",
     "sddmm",
     "spmm",
@@ -38,6 +42,8 @@ _HOMES = {
     "BlockPattern": "jaxsparse.formats",
     "decay_mask": "jaxsparse.roles",
     "devices": "jaxsparse._devices",
+    "explain": "jaxsparse.costs.explaining",
+    "measure": "jaxsparse.costs.measuring",
     "plot_pattern": "jaxsparse._picture",
     "summary": "jaxsparse._summary",
     "why_not": "jaxsparse._backends",

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float
 
+from jaxsparse import _flax_races, _kept
 from jaxsparse import linen as sparse_linen
 from jaxsparse import nnx as sparse_nnx
-from jaxsparse._arguments import features_per_block
 from jaxsparse._densify import densify as densify
 from jaxsparse._densify import densify_variables as densify_variables
 from jaxsparse._rules import Report, Row, Rule, Rules, check_drawn, decide, first_match, parse, passed_over
 from jaxsparse.costs.racing import Race, Races
-from jaxsparse.formats import BlockPattern
 
 
 def sparsify(
@@ -82,7 +81,7 @@ def sparsify(
         if rule.why_whole:
             left[path] = rule.why_whole
             continue
-        race = _race(races, rule, old, layer) if races else None
+        race = _flax_races.race(races, rule, old, layer) if races else None
         if race and not race.faster:
             rule, layer = None, old
         error = None if fresh and rule else _relative_error(old.kernel[...], layer)
@@ -160,18 +159,16 @@ def sparsify_variables(
     Raises:
       ValueError: for rules that match nothing, and layers that a rule's sizes don't fit.
     """
-    layers, left, others = {}, {}, {}
-    with linen.intercept_methods(_interceptor((), 0, layers, left, others)):
-        jax.eval_shape(lambda: model.dense.module.init(jax.random.key(0), *args, **kwargs))
+    layers, left, others = _met(model, *args, **kwargs)
     params: dict[tuple[str, ...], Any] = dict(flatten_dict(variables["params"]))  # pyright: ignore[reportArgumentType]
     patterns, rows = dict(flatten_dict(variables.get("pattern", {}))), []
     total = sum(jnp.size(p) for p in params.values())
     for path, rule in decide(model.rules, layers, others, left).items():
-        scope = layers[path]
+        scope = layers[path].scope
         kernel = params[*scope, "kernel"]
         bias = params.get((*scope, "bias"), np.zeros(0, kernel.dtype))
         try:
-            values, pattern = _convert(kernel, rule, rescale)
+            values, pattern = _kept.convert(kernel, rule, rescale)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         rule = rule.found(pattern.density) if pattern is not None else rule
@@ -182,12 +179,57 @@ def sparsify_variables(
             "parameters": (kernel.size + bias.size, values.size + bias.size),
             "bytes": (kernel.nbytes + bias.nbytes, values.nbytes + bias.nbytes + _tree_nbytes(pattern)),
         }
-        error = _distance(kernel, _densify(values, pattern))
-        rows.append(Row.of(path, rule, kernel.shape, **sizes, relative_error=error))
+        error = _kept.distance(kernel, _kept.densify(values, pattern))
+        rows.append(Row.of(path, rule, kernel.shape, None, **sizes, relative_error=error))
     new = {**variables, "params": unflatten_dict(params)}
     if patterns:
         new["pattern"] = unflatten_dict(patterns)
     return new, Report(rows, total, passed_over(model.rules, left))
+
+
+def keep_faster(
+    model: SparsifiedLinen, variables: Mapping[str, Any], batch: int, *args, **kwargs
+) -> tuple[SparsifiedLinen, dict[str, Race]]:
+    """`only_if_faster` for Linen: the model with only those layers sparse whose races show that this is faster.
+
+        model, races = keep_faster(sparsify_linen(dense, rules), variables, 128, x)
+        variables, report = sparsify_variables(model, variables, x)
+
+    Args:
+      model: from `sparsify_linen`.
+      variables: of the dense model.
+      batch: the number of input rows to measure with.
+      args, kwargs: as for `sparsify_variables`.
+    Returns:
+      A model with the same rules and exceptions for the other layers before them, and by path the race of forward and
+      backward pass of each layer: `faster` is None where that can't tell, and the layer stays dense.
+    Raises:
+      ValueError: as `sparsify_variables`.
+    """
+    layers, left, others = _met(model, *args, **kwargs)
+    params: dict[tuple[str, ...], Any] = dict(flatten_dict(variables["params"]))  # pyright: ignore[reportArgumentType]
+    races, found = Races(batch), {}
+    for path, rule in decide(model.rules, layers, others, left).items():
+        scope, dtype, precision = layers[path]
+        kernel = params[*scope, "kernel"]
+        try:
+            if kernel.ndim != 2:
+                _kept.convert(kernel, rule, rescale=False)  # says why not
+            dense = _nnx_linear(kernel, (*scope, "bias") in params, dtype, precision)
+            found[path] = _flax_races.race(races, rule, dense, _nnx_layer(dense, rule, False, None))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    stay = tuple([Rule(re.escape(path)) for path, race in found.items() if not race.faster])
+    used = {id(first_match((*stay, *model.rules), path)) for path in layers}
+    return SparsifiedLinen(model.dense, tuple([r for r in (*stay, *model.rules) if id(r) in used])), found
+
+
+def _met(model: SparsifiedLinen, *args, **kwargs) -> tuple[dict[str, _Met], dict[str, str], dict[str, str]]:
+    """By path: the layers that can be replaced, why others that look dense can not, and the type names of the rest."""
+    layers, left, others = {}, {}, {}
+    with linen.intercept_methods(_interceptor((), 0, layers, left, others)):
+        jax.eval_shape(lambda: model.dense.module.init(jax.random.key(0), *args, **kwargs))
+    return layers, left, others
 
 
 def _why_left(module: Any, dense: str) -> str:
@@ -196,47 +238,6 @@ def _why_left(module: Any, dense: str) -> str:
     is_derived = isinstance(module, (nnx.Linear, linen.Dense))
     what = f"a subclass of {dense}, which may compute something else" if is_derived else f"and no {dense}"
     return f"is a {kind}, {what}. Use {dense} there, or the sparse layer itself."
-
-
-# ---- one weight ---------------------------------------------------------------------------------------
-
-
-def _convert(kernel: Float[Array, "in out"], rule: Rule, rescale: bool) -> tuple[jax.Array, BlockPattern | None]:
-    """What a rule keeps of a dense kernel: (values, pattern), without a pattern for block-diagonal ones."""
-    if kernel.ndim != 2:
-        raise ValueError(
-            f"its kernel has shape {kernel.shape}: layers that were stacked by vmap or scan are not converted. "
-            "Make the sparse layers inside of the lifted module instead."
-        )
-    if rule.kind == "block_diag":
-        pattern, values = None, _diagonal_blocks(kernel, rule.num_blocks or 1)
-    else:
-        if rule.keep:
-            pattern = BlockPattern.from_mask(np.asarray(kernel) != 0, rule.block)
-        else:
-            pattern = BlockPattern.from_dense(kernel, density=rule.density or 0, block=rule.block)
-        values = pattern.gather(kernel)
-    if rescale:
-        before, after = (float(np.linalg.norm(np.asarray(w, np.float64))) for w in (kernel, values))
-        values = (values * (before / after if after else 1.0)).astype(kernel.dtype)
-    return values, pattern
-
-
-def _diagonal_blocks(kernel: Float[Array, "in out"], num_blocks: int) -> Float[Array, "n i o"]:
-    i, o = (features_per_block(name, size, num_blocks) for name, size in zip(("in", "out"), kernel.shape, strict=True))
-    n = jnp.arange(num_blocks)
-    return kernel.reshape(num_blocks, i, num_blocks, o)[n, :, n]
-
-
-def _densify(values: jax.Array, pattern: BlockPattern | None) -> jax.Array:
-    return jax.scipy.linalg.block_diag(*values) if pattern is None else pattern.to_dense(values)
-
-
-def _distance(before: jax.Array, after: jax.Array) -> float:
-    """|before - after| / |before|, in Frobenius norms; 0 for a zero matrix."""
-    old, new = np.asarray(before, np.float64), np.asarray(after, np.float64)
-    norm = np.linalg.norm(old)
-    return float(np.linalg.norm(new - old) / norm) if norm else 0.0
 
 
 # ---- NNX ----------------------------------------------------------------------------------------------
@@ -283,13 +284,22 @@ def _nnx_layer(old: nnx.Linear, rule: Rule, rescale: bool, rngs: nnx.Rngs | None
     shape = (old.in_features, old.out_features)
     if rngs is not None:
         return _nnx_class(rule)(*shape, **_drawn(rule), **options)
-    values, pattern = _convert(old.kernel[...], rule, rescale)
+    values, pattern = _kept.convert(old.kernel[...], rule, rescale)
     place = {"num_blocks": rule.num_blocks} if pattern is None else {"pattern": pattern}
     layer = _nnx_class(rule)(*shape, **place, kernel_init=nnx.initializers.zeros_init(), **options)
     layer.kernel[...] = values
     if old.bias is not None:
         layer.bias[...] = old.bias[...]
     return layer
+
+
+def _nnx_linear(kernel: jax.Array, use_bias: bool, dtype: Any, precision: Any) -> nnx.Linear:
+    """The NNX layer that computes as a Dense of Linen does."""
+    options = {"use_bias": use_bias, "dtype": dtype, "param_dtype": kernel.dtype, "precision": precision}
+    zeros = nnx.initializers.zeros_init()
+    linear = nnx.Linear(*kernel.shape, kernel_init=zeros, rngs=nnx.Rngs(0), **options)
+    linear.kernel[...] = kernel
+    return linear
 
 
 def _nnx_class(rule: Rule) -> Any:
@@ -314,7 +324,7 @@ def _relative_error(kernel: jax.Array, layer: Any) -> float:
     if isinstance(layer, nnx.Linear):
         return 0.0
     pattern = layer.pattern.get_value() if hasattr(layer, "pattern") else None
-    return _distance(kernel, _densify(layer.kernel[...], pattern))
+    return _kept.distance(kernel, _kept.densify(layer.kernel[...], pattern))
 
 
 def _size(module: nnx.Module) -> int:
@@ -329,36 +339,26 @@ def _tree_nbytes(tree: Any) -> int:
     return sum(a.nbytes for a in jax.tree.leaves(tree))
 
 
-def _race(races: Races, rule: Rule, dense: nnx.Linear, sparse: Any) -> Race:
-    dtype = dense.dtype or dense.param_dtype
-
-    def steps():
-        x = jax.random.normal(jax.random.key(0), (races.batch, dense.in_features), dtype)
-        return [_step(layer, x) for layer in (dense, sparse)]
-
-    kernel = dense.kernel[...]
-    return races((kernel.shape, kernel.dtype, dtype, dense.use_bias, dense.precision, rule.describe()), steps)
-
-
-def _step(layer: nnx.Module, x: jax.Array) -> Callable[[], Any]:
-    graph, params, rest = nnx.split(layer, nnx.Param, ...)
-    loss = lambda params, x, rest: nnx.merge(graph, params, rest)(x).sum()  # noqa: E731
-    grad = jax.jit(jax.grad(loss, argnums=(0, 1)))
-    return lambda: jax.block_until_ready(grad(params, x, rest))
-
-
 # ---- Linen --------------------------------------------------------------------------------------------
 
 
+class _Met(NamedTuple):
+    """A Dense that was met: where its parameters are, and what it computes in."""
+
+    scope: tuple[str, ...]
+    dtype: Any
+    precision: Any
+
+
 def _interceptor(
-    rules: tuple[Rule, ...], depth: int, layers: dict[str, tuple], left: dict[str, str], others: dict[str, str]
+    rules: tuple[Rule, ...], depth: int, layers: dict[str, _Met], left: dict[str, str], others: dict[str, str]
 ):
     """Computes `nn.Dense` calls by sparse layers in the same scope where rules say so, and notes what it meets.
 
     Args:
       depth: how much of every module's path lies above the model.
-      layers, left, others: filled, by dotted path, with the scope of each Dense, the reason why one that looks like it
-        is left, and the type name of every other module.
+      layers, left, others: filled, by dotted path, with what was met of each Dense, the reason why one that looks like
+        it is left, and the type name of every other module.
     """
 
     def intercept(next_call, args, kwargs, context):
@@ -372,7 +372,7 @@ def _interceptor(
             else:
                 others[path] = type(module).__name__
             return next_call(*args, **kwargs)
-        layers[path] = module.path[depth:]
+        layers[path] = _Met(module.path[depth:], module.dtype, module.precision)
         rule = first_match(rules, path)
         if rule is None or rule.kind is None:
             return next_call(*args, **kwargs)

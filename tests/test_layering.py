@@ -22,6 +22,12 @@ KNOW_TORCH = {
 }
 OPS = FORMATS | {"jaxsparse.ops"}
 PRODUCTS = {"jaxsparse._backends", *(f"jaxsparse.products.{name}" for name in ("_epilogue", "_rules", "_shards"))}
+COSTS = {
+    "jaxsparse.costs",
+    *(f"jaxsparse.costs.{name}" for name in ("advising", "explaining", "layers", "machine", "measuring", "model")),
+    "jaxsparse.costs.racing",
+    "jaxsparse.costs.words",
+}
 SHOWN = {"jaxsparse._findings", "jaxsparse._matrices", "jaxsparse._picture", "jaxsparse.formats"}
 # file -> what it may import beyond the standard library; "scipy" only where a user hands such a matrix in
 TABLE = {
@@ -35,6 +41,8 @@ TABLE = {
         "jaxsparse.linen",
         "jaxsparse.nnx",
         "jaxsparse.roles",
+        "jaxsparse.costs.explaining",
+        "jaxsparse.costs.measuring",
     },
     "jaxsparse/_sizes.py": set(),
     "jaxsparse/_arguments.py": {"jaxsparse.formats"},
@@ -70,12 +78,30 @@ TABLE = {
     "jaxsparse/_rules.py": {"jaxsparse._sizes", "jaxsparse.costs.racing"},
     "jaxsparse/costs/__init__.py": set(),
     "jaxsparse/costs/racing.py": set(),
+    "jaxsparse/costs/words.py": set(),
+    "jaxsparse/costs/layers.py": {"jaxsparse._sizes"},
+    "jaxsparse/costs/machine.py": COSTS,
+    "jaxsparse/costs/model.py": COSTS,
+    "jaxsparse/costs/measuring.py": {"jaxsparse._sizes"} | COSTS,
+    "jaxsparse/costs/advising.py": COSTS,
+    "jaxsparse/costs/explaining.py": COSTS,
+    "jaxsparse/cli/explain.py": {"typer", "jaxsparse.cli._output"} | COSTS,
+    "jaxsparse/costs/_in_jax.py": NUMERIC | FORMATS | {"optax", "jaxsparse.ops", "jaxsparse.costs.layers"},
     "jaxsparse/_densify.py": NUMERIC
     | {"flax", "jaxsparse.formats", "jaxsparse.linen", "jaxsparse.nnx", "jaxsparse._xla"},
+    "jaxsparse/_kept.py": NUMERIC | {"jaxsparse._arguments", "jaxsparse._rules", "jaxsparse.formats"},
+    "jaxsparse/_flax_races.py": {"jax", "flax", "jaxsparse._rules", "jaxsparse.costs.racing"},
     "jaxsparse/surgery.py": NUMERIC
-    | {"flax", "jaxsparse.formats", "jaxsparse._arguments", "jaxsparse._densify", "jaxsparse._rules"}
-    | {"jaxsparse.linen", "jaxsparse.nnx"}
-    | {"jaxsparse.costs.racing"},
+    | {
+        "flax",
+        "jaxsparse.formats",
+        "jaxsparse._densify",
+        "jaxsparse._flax_races",
+        "jaxsparse._kept",
+        "jaxsparse._rules",
+    }
+    | {"jaxsparse.costs.racing"}
+    | {"jaxsparse.linen", "jaxsparse.nnx"},
     "jaxsparse/_select.py": NUMERIC,
     "jaxsparse/_places.py": NUMERIC | FORMATS | {"jaxsparse._select"},
     "jaxsparse/_replicas.py": {"jax"},
@@ -129,6 +155,7 @@ FOREIGN = {"torch", "jax", "numpy", "flax"}
 BRIDGE = {
     "__init__.py": {"_errors", "dlpack", "function", "module", "nn", "torch_ops", "patch", "roles"},
     "_compressed.py": {"dlpack"},
+    "costs.py": {"nn"},
     "_dense.py": set(),
     "_linear.py": {"_dense", "_watch"},
     "_handles.py": set(),
@@ -213,6 +240,7 @@ SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
     "_stored.py": {"jaxsparse._arguments", "jaxsparse._sizes", "jaxsparse.formats"},
     "dynamic.py": {"jaxsparse.dynamic"},
     "nn.py": {"jaxsparse._arguments", "jaxsparse.formats"},
+    "costs.py": {"jaxsparse.costs.layers"},
     "patch.py": {"jaxsparse._rules", "jaxsparse.costs.racing"},
     "summary.py": {"jaxsparse._summary"},
     "hugging_face.py": {"jaxsparse._rules", "jaxsparse._sizes"},

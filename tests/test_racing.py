@@ -31,7 +31,7 @@ def test_functions_take_turns_and_change_sides_in_a_race():
 
 def test_a_clear_race_is_short_and_a_close_one_is_not():
     clear, close = Machine(4.0, 8.0), Machine(4.0, 4.1)
-    clear.race(), close.race()
+    assert clear.race().faster is False and close.race().faster is False
     assert len(clear.calls) == 4 + 2 * 7 and len(close.calls) == 4 + 2 * 41
 
 
@@ -62,6 +62,13 @@ def test_other_processes_do_not_turn_a_decision(ratio, ms, busy):
     assert found.faster in (ratio < 1, None)
 
 
+def test_a_race_that_is_cut_short_as_clear_has_a_verdict_however_busy_the_machine_is():
+    rng = random.Random(0)
+    for ms in (0.05, 2.0, 20.0):
+        machine = Machine(ms, 0.1 * ms, others=lambda call, ms=ms: 0.3 * ms * rng.random())
+        assert machine.race().faster is True
+
+
 @pytest.mark.parametrize("ms", [0.05, 2.0, 20.0])
 def test_equals_on_a_busy_machine_can_not_be_told_apart(ms):
     """Of a hundred races of equals, few end with a verdict."""
@@ -76,7 +83,7 @@ def test_a_race_says_what_it_showed():
     assert Race((1.0, 2.0), 0, 20).faster is False and "2 times slower" in str(Race((1.0, 2.0), 0, 20))
     assert Race((1.0, 0.9), 12, 20).faster is None and "can't tell" in str(Race((1.0, 0.9), 12, 20))
     assert Race((1.0, 1.0), 0, 0).faster is None and Race((1.0, 1.0), 0, 0).chance == 1
-    assert Race((1.0, 0.5), 5, 5).faster is None  # five heads in a row are no proof
+    assert Race((1.0, 0.5), 6, 6).faster is None  # six heads in a row are no proof
 
 
 def test_equal_pairs_are_raced_once():

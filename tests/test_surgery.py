@@ -11,7 +11,7 @@ from jaxsparse import BlockPattern, BlockSparseLinear, SparseDense, SparseLinear
 from jaxsparse import nnx as sparse_nnx
 from jaxsparse.costs import racing
 from jaxsparse.costs.racing import Race
-from jaxsparse.surgery import sparsify, sparsify_linen, sparsify_variables
+from jaxsparse.surgery import keep_faster, sparsify, sparsify_linen, sparsify_variables
 
 DIAGONAL = {"kind": "block_diag", "num_blocks": 4}
 BLOCKS = {"kind": "block_sparse", "density": 0.5, "block": 8}
@@ -342,3 +342,28 @@ def test_linen_layers_that_look_dense_are_left_with_a_reason():
     ]
     with pytest.raises(ValueError, match="'DenseGeneral_0' is a DenseGeneral, and no nn.Dense"):
         sparsify_linen(Odd(), [("DenseGeneral.*", ENTRIES)]).init(jax.random.key(0), X)
+
+
+def test_linen_layers_that_are_not_faster_stay_dense(monkeypatch):
+    verdicts = iter([Race((1.0, 2.0), 0, 9), Race((2.0, 1.0), 9, 9)])
+    raced = []
+    monkeypatch.setattr(racing, "race", lambda steps: [raced.append(step()) for step in steps] and next(verdicts))
+    dense, x = (
+        nn.Sequential([nn.Dense(16, dtype=jnp.bfloat16), nn.Dense(24), nn.Dense(24, name="last")]),
+        jnp.ones((2, 8)),
+    )
+    variables = dense.init(jax.random.key(0), x)
+    rules = [("layers_0", ENTRIES), ("layers_1", DIAGONAL), (".*", None)]
+    model, races = keep_faster(sparsify_linen(dense, rules), variables, 4, x)
+    assert {path: race.faster for path, race in races.items()} == {"layers_0": False, "layers_1": True}
+    assert raced[0][1].shape == (4, 8) and raced[0][1].dtype == jnp.bfloat16  # gradients of the input, in its dtype
+    assert [(rule.pattern, rule.kind) for rule in model.rules] == [
+        ("layers_0", None),
+        ("layers_1", "block_diag"),
+        (".*", None),
+    ]
+    new, report = sparsify_variables(model, variables, x)
+    assert [row.path for row in report] == ["layers_1"] and model.apply(new, x).shape == (2, 24)
+    assert jax.tree.map(jnp.shape, new["params"]["layers_0"]) == jax.tree.map(
+        jnp.shape, variables["params"]["layers_0"]
+    )

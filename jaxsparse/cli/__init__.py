@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-COMMANDS = ("devices", "show", "bench")  # in the order of the help
+COMMANDS = ("devices", "explain", "show", "bench")  # in the order of the help
 FOUND, BAD_INPUT, INTERRUPTED = 1, 2, 130
 _BAD_INPUT = (ValueError, OSError, ImportError, NotImplementedError)
 
