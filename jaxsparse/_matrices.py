@@ -212,7 +212,7 @@ def _is_diagonal(leaves: dict[_Path, Any], path: _Path) -> bool:
     if not _is_weight(path, leaves[path], 3):
         return False
     (n, _, o), bias = leaves[path].shape, leaves.get((*path[:-1], "bias"))
-    return min(n, o) > 1 and np.shape(bias) == (n * o,)
+    return min(n, o) > 1 and bias is not None and np.shape(bias) == (n * o,)
 
 
 def _diagonal(blocks: np.ndarray) -> Matrix:
