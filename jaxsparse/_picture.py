@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, QUIET = "#22242b", "#767a85"
-_MOST = 2**18  # entries that a picture looks at; of more, every k-th
+_MOST = 2**18  # entries that a picture looks at; of more, one of every k
 _SHADES = " ░▒▓█"
 
 
@@ -40,7 +40,7 @@ class Raster(NamedTuple):
 
 
 def raster(pattern: BlockPattern, most: tuple[int, int]) -> Raster:
-    """The pattern on at most `most` = (rows, cols) cells. Of a huge one, every k-th entry is looked at."""
+    """The pattern on at most `most` = (rows, cols) cells. Of a huge one, one of every k entries is looked at."""
     rows, cols = entries(pattern, _MOST)
     looked_at = max(len(rows), 1) / max(pattern.nnzb, 1)
     shares = np.minimum(count_cells(rows, cols, pattern.grid, most) / looked_at, 1)
@@ -57,10 +57,13 @@ def count_cells(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int], most:
 
 
 def entries(pattern: BlockPattern, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, cols) in blocks of the stored blocks, of the view; of more than `most`, every k-th."""
+    """(rows, cols) in blocks of the stored blocks, of the view; of more than `most`, one of every k."""
     step = max(1, -(-pattern.nnzb // most))
-    stored = np.asarray(pattern.row_index[::step], np.int32)
-    lines = np.searchsorted(np.asarray(pattern.col_ptr), np.arange(0, pattern.nnzb, step), "right") - 1
+    at = np.arange(0, pattern.nnzb, step)
+    if step > 1:  # one of each run of `step`: a fixed stride would show stripes that the pattern does not have
+        at = np.minimum(at + np.random.default_rng(0).integers(0, step, len(at)), pattern.nnzb - 1)
+    stored = np.asarray(pattern.row_index if step == 1 else pattern.row_index[at], np.int32)
+    lines = np.searchsorted(np.asarray(pattern.col_ptr), at, "right") - 1
     return (lines, stored) if pattern.transposed else (stored, lines)
 
 
@@ -70,7 +73,7 @@ def plot_pattern(
     """Draws where a pattern stores: inputs from top to bottom, outputs from left to right.
 
     A pattern of more than 512 blocks along a side is drawn by density: how much of each cell is stored. Of more than
-    262,144 blocks every k-th is looked at, so that a huge pattern takes no longer.
+    262,144 blocks one of every k is looked at, so that a huge pattern takes no longer.
 
     Args:
       pattern: concrete; one, and no stack of them.
