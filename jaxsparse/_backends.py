@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 import cpu_kernels
 from jaxsparse import _measured, _xla
 from jaxsparse._measured import Workload
+from jaxsparse._sizes import is_unstructured
 from pallas_kernels import interpret, mosaic, triton
 
 BACKENDS: dict[str, ModuleType] = {
@@ -64,7 +65,7 @@ def kernel(work: Workload, backend: str | None, platform: str) -> Callable[..., 
     """
     backend = choose(work, backend, platform)
     function = getattr(BACKENDS[backend], work.op)
-    if work.block == (1, 1) and backend in _READ_16_BIT:
+    if is_unstructured(work.block) and backend in _READ_16_BIT:
         return function
     return lambda *operands, **options: function(*jax.tree.map(_widened, operands), **options)
 

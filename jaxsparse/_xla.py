@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsparse._indices import Index, stored_columns
-from jaxsparse._sizes import grid_of
+from jaxsparse._sizes import grid_of, is_unstructured, values_shape
 
 SLOTS_BELOW = 0.15  # density under which a CPU multiplies by slots
 CHUNKS_BELOW = 0.03  # density under which a CPU samples a product entry by entry
@@ -87,7 +87,7 @@ def spmm(
     out = shape[0] if transposed else shape[1]
     if 0 in (blocks.shape[0], x.shape[0]):
         y = jnp.zeros((x.shape[0], out), wide(x.dtype))
-    elif block != (1, 1):
+    elif not is_unstructured(block):
         y = _blocks(x, blocks, index, shape, block, transposed, precision)
     else:
         y = _unstructured(x, blocks, index, shape, transposed, precision)
@@ -106,18 +106,18 @@ def sddmm(
     """The blocks of x^T dy that W stores."""
     nnzb = index.row_index.shape[0]
     if 0 in (nnzb, x.shape[0]):
-        return jnp.zeros((nnzb,) if block == (1, 1) else (nnzb, *block), x.dtype)
+        return jnp.zeros(values_shape(nnzb, block), x.dtype)
 
     def chunks(x, dy):
         return _sampled_chunks(x, dy, index, shape, block, precision)
 
     def expand(x, dy):
         dense = _dot(x, dy, ((0, 0),), precision)
-        if block != (1, 1):
+        if not is_unstructured(block):
             dense = _in_blocks(dense, shape, block)
         return dense[index.row_index, stored_columns(index)].astype(x.dtype)
 
-    if block != (1, 1):
+    if not is_unstructured(block):
         return _by_device(shape, chunks, expand)(x, dy)
     return _by_density(nnzb, shape, CHUNKS_BELOW, chunks, expand)(x, dy)
 
@@ -197,7 +197,7 @@ def _sampled_chunks(x, dy, index, shape, block, precision):
     at = jnp.stack([index.row_index, stored_columns(index)])
     at = jnp.pad(at, ((0, 0), (0, steps * size - nnzb))).reshape(2, steps, size)
     values = jax.lax.map(chunk, at.swapaxes(0, 1)).reshape(-1, i, o)[:nnzb]
-    return values[:, 0, 0] if block == (1, 1) else values
+    return values.reshape(values_shape(nnzb, block))
 
 
 # ---- unstructured ---------------------------------------------------------------------------------
