@@ -54,7 +54,7 @@ def why_not(
             there = ", ".join(repr(name) for name in known if name)
             raise ValueError(f"unknown {what} {value!r}: there is {there}.")
     where = _one_word(platform or jax.default_backend())
-    return BACKENDS[backend].why_not(op, jax.numpy.dtype(dtype), tuple(block), where)
+    return _reason(backend, op, jax.numpy.dtype(dtype), tuple(block), where)
 
 
 def kernel(work: Workload, backend: str | None, platform: str) -> Callable[..., Any]:
@@ -99,7 +99,13 @@ def _why_not_lowered(backend: str, work: Workload, platform: str) -> str | None:
     """A program for another platform than this process runs on is for another machine: what this one lacks is no
     reason there."""
     elsewhere = platform != _one_word(jax.default_backend())
-    return BACKENDS[backend].why_not(work.op, jax.numpy.dtype(work.dtype), work.block, platform, elsewhere)
+    return _reason(backend, work.op, jax.numpy.dtype(work.dtype), work.block, platform, elsewhere)
+
+
+def _reason(backend: str, op: str, *how) -> str | None:
+    """Not every back end has a kernel for every product; else it says itself."""
+    module = BACKENDS[backend]
+    return module.why_not(op, *how) if hasattr(module, op) else f"it has no kernel for {op}"
 
 
 def _one_word(platform: str) -> str:

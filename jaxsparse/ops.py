@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +92,7 @@ def spmm(
     pattern.check_values(blocks)
     _check_call(x, {"blocks": blocks}, bias, pattern.shape[1], backend)
     name, after = _activation(activation)
-    how = {"activation": name, "precision": precision, "backend": backend, **_stored(pattern)}
+    how = {"activation": name, "precision": precision, "backend": backend, **pattern.sizes}
     y = products.spmm(x, blocks, pattern.index, bias, **how)
     return after(y) if after else y
 
@@ -128,15 +127,7 @@ def sddmm(
     if x.shape[:-1] != dy.shape[:-1]:
         raise ValueError(f"x and dy must share their leading dimensions, got {x.shape} and {dy.shape}.")
     _check_call(x, {"dy": dy}, None, 0, backend)
-    return products.sddmm(x, dy, pattern.index, precision=precision, backend=backend, **_stored(pattern))
-
-
-def _stored(pattern: BlockPattern) -> dict[str, Any]:
-    """The sizes of the matrix as it is stored, and whether its transpose is meant."""
-    shape, block = pattern.shape, pattern.block
-    if pattern.transposed:
-        shape, block = shape[::-1], block[::-1]
-    return {"shape": shape, "block": block, "transposed": pattern.transposed}
+    return products.sddmm(x, dy, pattern.index, precision=precision, backend=backend, **pattern.sizes)
 
 
 # ---- checks ------------------------------------------------------------------------------------------------

@@ -122,6 +122,12 @@ class BlockPattern:
         return Index(*(getattr(self, name) for name in Index._fields))
 
     @property
+    def sizes(self) -> dict[str, Any]:
+        """What products need to know beside the arrays: the sizes of the matrix as it is stored."""
+        stored = self.T if self.transposed else self
+        return {"shape": stored.shape, "block": stored.block, "transposed": self.transposed}
+
+    @property
     def rows(self) -> Int[Array, " nnzb"]:
         """Block row (input) of every stored entry, in the order of `blocks`."""
         return _indices.stored_columns(self.index) if self.transposed else self.row_index
