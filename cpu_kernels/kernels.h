@@ -65,10 +65,15 @@ std::string spmm(const Product&, const Pool&);
 std::string sddmm(const Outer&, const Pool&);
 std::string spmm_grads(const Gradients&, const Pool&);
 
+struct KernelTable;
+
 // The instruction set in use: "avx512", "avx2" or "portable". JAXSPARSE_CPU_ISA, or a call of
 // use_isa, lowers it; one that this machine lacks is refused (false).
 const char* isa();
 bool use_isa(const char* name);
+
+// The kernels of the instruction set in use.
+const KernelTable& kernels();
 
 // One compilation of the kernels per instruction set fills one of these.
 struct KernelTable {
