@@ -26,7 +26,7 @@ __all__ = [
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _ACTIVATIONS = (None, "relu", "gelu", "silu")
-_PRODUCTS = ("spmm", "sddmm", "spmm_grads", "block_diag_matmul", "block_diag_outer")
+PRODUCTS = ("spmm", "sddmm", "spmm_grads", "block_diag_matmul", "block_diag_outer")
 
 
 def why_not(op: str, dtype, block: tuple[int, int], platform: str, elsewhere: bool = False) -> str | None:
@@ -34,8 +34,8 @@ def why_not(op: str, dtype, block: tuple[int, int], platform: str, elsewhere: bo
     where the program is for another machine (`elsewhere`)."""
     if platform != "cpu":
         return f"these kernels run on a CPU, not on {platform}"
-    if op not in _PRODUCTS:
-        return f"there is no kernel {op}; there are {', '.join(_PRODUCTS)}"
+    if op not in PRODUCTS:
+        return f"there is no kernel {op}; there are {', '.join(PRODUCTS)}"
     if (name := np.dtype(dtype).name) not in _DTYPES:
         return f"dtype {name} is not one of {', '.join(_DTYPES)}"
     if op == "spmm_grads" and tuple(block) != (1, 1):

@@ -22,7 +22,7 @@ BACKENDS: dict[str, ModuleType] = {
     "triton": triton,
     "interpret": interpret,
 }
-OPS = ("spmm", "sddmm", "spmm_grads", "block_diag_matmul", "block_diag_outer")
+OPS = _xla.OPS
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _READ_16_BIT = ("triton", "interpret")  # those whose kernels read 16-bit indices of single entries as they are
 
@@ -41,7 +41,7 @@ def why_not(
 
     Args:
       backend: "xla", "cpu", "mosaic", "triton" or "interpret".
-      op: "spmm", "sddmm", "spmm_grads", "block_diag_matmul" or "block_diag_outer".
+      op: the product, as "spmm", "sddmm" or "block_diag_matmul"; the error for an unknown one lists them all.
       dtype: of the arrays.
       block: (i, o) of the matrix, (1, 1) for single entries.
       platform: "cpu", "cuda" (or "gpu"), "rocm" or "tpu"; None means that of this process.

@@ -30,6 +30,7 @@ SLOTS_BELOW = 0.15  # density under which a CPU multiplies by slots
 CHUNKS_BELOW = 0.03  # density under which a CPU samples a product entry by entry
 DENSE_LIMIT = 2**26  # entries of an unstructured matrix that may be expanded for one product
 
+OPS = ("spmm", "sddmm", "spmm_grads", "block_diag_matmul", "block_diag_outer")
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
 

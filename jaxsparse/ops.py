@@ -148,9 +148,9 @@ def _check_pattern(pattern) -> None:
         raise ValueError(
             f"pattern is a {type(pattern).__name__}, not a BlockPattern; BlockPattern.from_mask makes one of a mask."
         )
-    if jnp.ndim(pattern.row_index) != 1:
+    if pattern.stacked:
         raise ValueError(
-            f"the pattern's arrays carry {jnp.ndim(pattern.row_index) - 1} leading axes, as scan and vmap stack them: "
+            f"the pattern's arrays carry {pattern.stacked} leading axes, as scan and vmap stack them: "
             "take one layer of it with jax.tree.map(lambda a: a[k], pattern), or call under the same vmap."
         )
 

@@ -87,6 +87,11 @@ class BlockPattern:
         return self.row_index.shape[-1]
 
     @property
+    def stacked(self) -> int:
+        """How many leading axes the arrays have: none, unless scan or vmap stacked several patterns."""
+        return jnp.ndim(self.row_index) - 1
+
+    @property
     def values_shape(self) -> tuple[int, ...]:
         """Shape of `blocks`: [nnz] for block (1, 1), else [nnzb, i, o]; a transposed view keeps it."""
         return values_shape(self.nnzb, self.block[::-1] if self.transposed else self.block)
