@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jaxsparse._backends import why_not
     from jaxsparse.formats import BlockPattern
+    from jaxsparse.formats.n_m import NMPattern
     from jaxsparse.linen import BlockDiagDense, BlockSparseDense, SparseDense
     from jaxsparse.nnx import BlockDiagLinear, BlockSparseLinear, SparseLinear
     from jaxsparse.ops import block_diag_matmul, sddmm, spmm
@@ -18,6 +19,7 @@ __all__ = [
     "BlockPattern",
     "BlockSparseDense",
     "BlockSparseLinear",
+    "NMPattern",
     "SparseDense",
     "SparseLinear",
     "block_diag_matmul",
@@ -30,6 +32,7 @@ __all__ = [
 # Resolved at first use: torch's layers need no JAX, and the products no Flax.
 _HOMES = {
     "BlockPattern": "jaxsparse.formats",
+    "NMPattern": "jaxsparse.formats.n_m",
     "decay_mask": "jaxsparse.roles",
     "why_not": "jaxsparse._backends",
     **dict.fromkeys(("block_diag_matmul", "sddmm", "spmm"), "jaxsparse.ops"),

@@ -21,8 +21,9 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt
 
+from jaxsparse._groups import compress, expand
 from jaxsparse._indices import Index, stored_columns
 from jaxsparse._sizes import grid_of, is_unstructured, values_shape
 
@@ -30,7 +31,7 @@ SLOTS_BELOW = 0.15  # density under which a CPU multiplies by slots
 CHUNKS_BELOW = 0.03  # density under which a CPU samples a product entry by entry
 DENSE_LIMIT = 2**26  # entries of an unstructured matrix that may be expanded for one product
 
-OPS = ("spmm", "sddmm", "spmm_grads", "block_diag_matmul", "block_diag_outer")
+OPS = ("spmm", "sddmm", "spmm_grads", "block_diag_matmul", "block_diag_outer", "n_m_spmm", "n_m_sddmm")
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
 
@@ -136,6 +137,38 @@ def spmm_grads(
     """(dy W^T, the blocks of x^T dy that W stores). XLA gains nothing by fusing them."""
     sizes = {"shape": shape, "block": block, "precision": precision}
     return spmm(dy, blocks, index, transposed=True, **sizes), sddmm(x, dy, index, **sizes)
+
+
+def n_m_spmm(
+    x: Float[Array, "m features"],
+    values: Float[Array, "groups n out"],
+    bits: UInt[Array, "groups out"],
+    bias: Float[Array, " out"] | None = None,
+    *,
+    n: int,
+    m: int,
+    shape: tuple[int, int],
+    transposed: bool = False,
+    activation: str | None = None,
+    precision=None,
+) -> Float[Array, "m out"]:
+    """x W, or x W^T if `transposed`, then bias and activation; W is expanded for the product."""
+    w = expand(values, bits, m, shape[0])
+    return _finish(_dot(x, w, ((1, 1 if transposed else 0),), precision), bias, activation, x.dtype)
+
+
+def n_m_sddmm(
+    x: Float[Array, "m in"],
+    dy: Float[Array, "m out"],
+    bits: UInt[Array, "groups out"],
+    *,
+    n: int,
+    m: int,
+    shape: tuple[int, int],
+    precision=None,
+) -> Float[Array, "groups n out"]:
+    """x^T dy where W is stored."""
+    return compress(_dot(x, dy, ((0, 0),), precision), bits, n, m).astype(x.dtype)
 
 
 # ---- blocks ---------------------------------------------------------------------------------------

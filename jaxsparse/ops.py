@@ -11,8 +11,14 @@ from jaxtyping import Array, Float
 from jaxsparse import _backends, products
 from jaxsparse._xla import ACTIVATIONS
 from jaxsparse.formats import BlockPattern
+from jaxsparse.formats.n_m import NMPattern
+from jaxsparse.products import n_m
 
 Activation = str | Callable[[jax.Array], jax.Array] | None
+_PRODUCTS = {  # of each format: (spmm, sddmm)
+    BlockPattern: (products.spmm, products.sddmm),
+    NMPattern: (n_m.spmm, n_m.sddmm),
+}
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -60,7 +66,7 @@ def block_diag_matmul(
 def spmm(
     x: Float[Array, "*batch in"],
     blocks: Float[Array, " *values"],
-    pattern: BlockPattern,
+    pattern: BlockPattern | NMPattern,
     bias: Float[Array, " out"] | None = None,
     *,
     activation: Activation = None,
@@ -93,14 +99,15 @@ def spmm(
     _check_call(x, {"blocks": blocks}, bias, pattern.shape[1], backend)
     name, after = _activation(activation)
     how = {"activation": name, "precision": precision, "backend": backend, **pattern.sizes}
-    y = products.spmm(x, blocks, pattern.index, bias, **how)
+    product, _ = _PRODUCTS[type(pattern)]
+    y = product(x, blocks, pattern.index, bias, **how)
     return after(y) if after else y
 
 
 def sddmm(
     x: Float[Array, "*batch in"],
     dy: Float[Array, "*batch out"],
-    pattern: BlockPattern,
+    pattern: BlockPattern | NMPattern,
     *,
     precision: jax.lax.PrecisionLike = None,
     backend: str | None = None,
@@ -127,7 +134,8 @@ def sddmm(
     if x.shape[:-1] != dy.shape[:-1]:
         raise ValueError(f"x and dy must share their leading dimensions, got {x.shape} and {dy.shape}.")
     _check_call(x, {"dy": dy}, None, 0, backend)
-    return products.sddmm(x, dy, pattern.index, precision=precision, backend=backend, **pattern.sizes)
+    _, product = _PRODUCTS[type(pattern)]
+    return product(x, dy, pattern.index, precision=precision, backend=backend, **pattern.sizes)
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
@@ -144,9 +152,9 @@ def _check_arrays(op: str, **operands) -> None:
 
 
 def _check_pattern(pattern) -> None:
-    if not isinstance(pattern, BlockPattern):
+    if type(pattern) not in _PRODUCTS:
         raise ValueError(
-            f"pattern is a {type(pattern).__name__}, not a BlockPattern; BlockPattern.from_mask makes one of a mask."
+            f"pattern is a {type(pattern).__name__}, not a BlockPattern or NMPattern; from_mask makes one of a mask."
         )
     if pattern.stacked:
         raise ValueError(

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NUMERIC = {"jax", "numpy", "jaxtyping"}
-BASE = {"jaxsparse._indices", "jaxsparse._sizes"}
+BASE = {"jaxsparse._groups", "jaxsparse._indices", "jaxsparse._sizes"}
 FORMATS = BASE | {"jaxsparse.formats"}
 FILES = {"jaxsparse.files._limits", "jaxsparse.files.layouts", "jaxsparse.files.weights"}
 READS_TORCH = "jaxsparse/files/_torch.py"  # what torch.save wrote, torch alone can read
@@ -20,6 +20,7 @@ TABLE = {
     "jaxsparse/__init__.py": {
         "jaxsparse._backends",
         "jaxsparse.formats",
+        "jaxsparse.formats.n_m",
         "jaxsparse.ops",
         "jaxsparse.linen",
         "jaxsparse.nnx",
@@ -27,11 +28,13 @@ TABLE = {
     },
     "jaxsparse/_sizes.py": set(),
     "jaxsparse/_arguments.py": {"jaxsparse.formats"},
+    "jaxsparse/_groups.py": NUMERIC,
     "jaxsparse/_indices.py": NUMERIC | {"jaxsparse._sizes", "scipy"},
     "jaxsparse/formats/__init__.py": {"jaxsparse.formats.block"},
     "jaxsparse/formats/block.py": NUMERIC
     | BASE
     | {"jaxsparse._interop", "jaxsparse._parts", "jaxsparse._parts.Parts", "jaxsparse._states", "scipy"},
+    "jaxsparse/formats/n_m.py": NUMERIC | BASE | {"jaxsparse.formats.block"},
     "jaxsparse/_parts.py": NUMERIC | FORMATS,
     "jaxsparse/_interop.py": NUMERIC | FORMATS | {"scipy"},
     "jaxsparse/reference.py": {"numpy", "jaxsparse.formats"},
@@ -51,8 +54,10 @@ TABLE = {
     "jaxsparse/products/_epilogue.py": NUMERIC | PRODUCTS | {"jaxsparse._xla"},
     "jaxsparse/products/sparse.py": NUMERIC | PRODUCTS | BASE,
     "jaxsparse/products/block_diag.py": NUMERIC | PRODUCTS,
+    "jaxsparse/products/n_m.py": NUMERIC | PRODUCTS,
     "jaxsparse/exporting.py": {"jax", "cpu_kernels"},
-    "jaxsparse/ops.py": NUMERIC | {"jaxsparse.formats", "jaxsparse._backends", "jaxsparse._xla", "jaxsparse.products"},
+    "jaxsparse/ops.py": NUMERIC
+    | {"jaxsparse.formats", "jaxsparse.formats.n_m", "jaxsparse._backends", "jaxsparse._xla", "jaxsparse.products"},
     "jaxsparse/_flax.py": NUMERIC | FORMATS | {"flax", "jaxsparse._arguments", "jaxsparse._states"},
     "jaxsparse/linen.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},
     "jaxsparse/nnx.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},
