@@ -6,6 +6,8 @@ row k of the group is stored; `values` [groups, n, out] has the stored rows in a
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,15 +19,15 @@ def groups_of(rows: int, m: int) -> int:
     return -(-rows // m)
 
 
-def in_groups(w, m: int):
+def in_groups(w: Any, m: int) -> Any:
     """A matrix, zero-padded to whole groups, as [groups, m, out]."""
     xp = np if isinstance(w, np.ndarray) else jnp
     w = xp.pad(w, ((0, -w.shape[0] % m), (0, 0)))
     return w.reshape(-1, m, w.shape[1])
 
 
-def highest(score: Float[Array, "groups m out"], n: int) -> Bool[Array, "groups m out"]:
-    """Where the n highest scores of each group are; of equal ones the earlier."""
+def highest(score: Any, n: int) -> Any:
+    """Where the n highest scores of each group [groups, m, out] are; of equal ones the earlier."""
     xp, m = np if isinstance(score, np.ndarray) else jnp, score.shape[1]
     earlier = xp.arange(m)[:, None]
     higher = [(score[:, k, None] > score) | ((score[:, k, None] == score) & (earlier > k)) for k in range(m)]
@@ -53,11 +55,11 @@ def expand(
 
 def compress(w: Float[Array, "rows out"], bits: UInt[Array, "groups out"], n: int, m: int):
     """The stored values of a dense matrix, zero beyond its edge: [groups, n, out]."""
-    w, j = in_groups(w, m), jnp.arange(n, dtype=bits.dtype)[:, None]
-    values = jnp.zeros((w.shape[0], n, w.shape[2]), w.dtype)
+    grouped, j = in_groups(w, m), jnp.arange(n, dtype=bits.dtype)[:, None]
+    values = jnp.zeros((grouped.shape[0], n, w.shape[1]), w.dtype)
     for k in range(m):
         stored, rank = _stored(bits[:, None], bits.dtype.type(k))
-        values = jnp.where(stored & (rank == j), w[:, k, None], values)
+        values = jnp.where(stored & (rank == j), grouped[:, k, None], values)
     return values
 
 

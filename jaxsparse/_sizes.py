@@ -23,6 +23,11 @@ def as_pair(block) -> tuple[int, int]:
     return i, o
 
 
+def swapped(pair: tuple[int, int]) -> tuple[int, int]:
+    """(in, out) of the transpose."""
+    return pair[1], pair[0]
+
+
 def is_unstructured(block: tuple[int, int]) -> bool:
     """Whether single entries are stored: blocks of (1, 1), which have kernels and a shape of values of their own."""
     return block == (1, 1)

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from jaxsparse._arguments import check_fits, check_one, refuse_empty
-from jaxsparse._sizes import check_sizes, count_stored, grid_of, is_unstructured, values_shape
+from jaxsparse._sizes import check_sizes, count_stored, grid_of, is_unstructured, swapped, values_shape
 from torch_bridge import _dense, _draw
 
 
@@ -29,7 +29,7 @@ class Stored:
 
     @property
     def values_shape(self) -> tuple[int, ...]:
-        return values_shape(self.index[1].shape[0], self.block[::-1] if self.transposed else self.block)
+        return values_shape(self.index[1].shape[0], swapped(self.block) if self.transposed else self.block)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse import _indices
 from jaxsparse._indices import Index
-from jaxsparse._sizes import as_pair, check_sizes, count_stored, grid_of, is_unstructured, values_shape
+from jaxsparse._sizes import as_pair, check_sizes, count_stored, grid_of, is_unstructured, swapped, values_shape
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -94,7 +94,7 @@ class BlockPattern:
     @property
     def values_shape(self) -> tuple[int, ...]:
         """Shape of `blocks`: [nnz] for block (1, 1), else [nnzb, i, o]; a transposed view keeps it."""
-        return values_shape(self.nnzb, self.block[::-1] if self.transposed else self.block)
+        return values_shape(self.nnzb, swapped(self.block) if self.transposed else self.block)
 
     @property
     def is_unstructured(self) -> bool:
@@ -119,7 +119,7 @@ class BlockPattern:
     @property
     def T(self) -> BlockPattern:
         """The pattern of the transposed matrix: a view of the same arrays and the same `blocks`."""
-        return self.of_index(self.index, self.shape[::-1], self.block[::-1], not self.transposed)
+        return self.of_index(self.index, swapped(self.shape), swapped(self.block), not self.transposed)
 
     @property
     def index(self) -> Index:

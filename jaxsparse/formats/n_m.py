@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt
 
 from jaxsparse import _groups
-from jaxsparse._sizes import check_sizes
+from jaxsparse._sizes import check_sizes, swapped
 from jaxsparse.formats.block import BlockPattern
 
 MOST = 32  # inputs of a group: a bit of an integer for each
@@ -82,7 +82,7 @@ class NMPattern:
     @property
     def T(self) -> NMPattern:
         """The pattern of the transposed matrix: a view of the same array and the same values."""
-        return dataclasses.replace(self, shape=self.shape[::-1], transposed=not self.transposed)
+        return dataclasses.replace(self, shape=swapped(self.shape), transposed=not self.transposed)
 
     @property
     def index(self) -> tuple[UInt[Array, "groups out"]]:
@@ -96,7 +96,7 @@ class NMPattern:
 
     @property
     def _stored_shape(self) -> tuple[int, int]:
-        return self.shape[::-1] if self.transposed else self.shape
+        return swapped(self.shape) if self.transposed else self.shape
 
     # ---- constructors ---------------------------------------------------------------------------
 
