@@ -61,14 +61,13 @@ def gather(w, pattern) -> np.ndarray:
     return values
 
 
-def products(x, w, bias, dy, pattern, dtype):
-    """y, dx, dW and db by dense products in a dtype of NumPy's or of JAX's."""
-    xp = np if dtype == np.float64 else jnp
+def products(xp, x, w, bias, dy, pattern, dtype):
+    """y, dx, dW and db by the dense products of NumPy or JAX."""
     flat = [xp.asarray(a).astype(dtype) for a in (x.reshape(-1, x.shape[-1]), w, bias, dy.reshape(-1, dy.shape[-1]))]
     x2, w, bias, dy2 = flat
     of_w = x2.T @ dy2
     results = {"y": (x2 @ w + bias).reshape(dy.shape), "dx": (dy2 @ w.T).reshape(x.shape), "db": dy2.sum(0)}
-    return {**results, "dW": of_w if xp is np else pattern.gather(of_w)}
+    return {**results, "dW": gather(of_w, pattern) if xp is np else pattern.gather(of_w)}
 
 
 def check(pattern, batch, dtype, backend):
@@ -77,8 +76,8 @@ def check(pattern, batch, dtype, backend):
     w = densify(values, pattern)
     f = lambda x, w, b: spmm(x, w, pattern, b, backend=backend)  # noqa: E731
     got = jax.jit(functools.partial(testing.value_and_gradients, f))(x, values, bias, dy)
-    truth, dense = (products(x, w, bias, dy, pattern, kind) for kind in (np.float64, dtype))
-    truth["dW"] = gather(truth["dW"], pattern)
+    arrays = x, w, bias, dy, pattern
+    truth, dense = products(np, *arrays, np.float64), products(jnp, *arrays, dtype)
     for name, true in truth.items():
         testing.assert_as_close_as_dense(got[name], true, dense[name], name)
 
