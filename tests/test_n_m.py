@@ -125,8 +125,8 @@ def test_every_transformation_is_that_of_the_dense_product(backend, transformati
     alone = "grad" if alone.startswith("jit on") else alone
     got = compiled(transformation, functools.partial(f, backend=backend), operands)
     if transformation == "eval_shape":
-        return [np.testing.assert_array_equal(a.shape, dense(*operands).shape) for a in list_of(got)]
-    if transformation == "export":
+        want = np.zeros_like(dense(*operands))
+    elif transformation == "export":
         scalar = lambda *a: jnp.sin(dense(*a)).sum()  # noqa: E731
         want = jax.value_and_grad(scalar, (0, 1, 2))(*operands)
     else:
