@@ -54,7 +54,7 @@ def sparse(layer: Any) -> Makers:
     """nn.Linear with the zeros stored; torch's CSR where entries are single; SparseLab where it is installed."""
     linear = layer.to_linear()
     makers: Makers = {"nn.Linear": lambda: linear}
-    if layer.pattern.block != (1, 1):
+    if not layer.pattern.is_unstructured:
         return makers
     ptr, index, shape = layer.col_ptr, layer.row_index, (layer.out_features, layer.in_features)
 

@@ -129,7 +129,7 @@ def _products(kernels: direct.Kernels, problem: Problem, torch) -> dict[str, tup
     sizes = (*pattern.shape, *pattern.block)
     products = {"y": (lambda: kernels.spmm(x, w, (*index[:2], None), None, y, sizes, False), [y])}
     products["dx"] = (lambda: kernels.spmm(dy, w, index[2:], None, dx, sizes, True), [dx])
-    if pattern.block == (1, 1):
+    if pattern.is_unstructured:
         return products | {
             "dx, dW": (lambda: kernels.spmm_backward(x, dy, w, index, dx, dw, None, sizes, False), [dx, dw])
         }

@@ -18,6 +18,8 @@ __all__ = [
     "block_diag_outer",
     "isa",
     "library_file",
+    "n_m_sddmm",
+    "n_m_spmm",
     "sddmm",
     "spmm",
     "spmm_grads",
@@ -27,7 +29,7 @@ __all__ = [
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _ACTIVATIONS = (None, "relu", "gelu", "silu")
-_PRODUCTS = ("spmm", "sddmm", "spmm_grads", "block_diag_matmul", "block_diag_outer")
+PRODUCTS = ("spmm", "sddmm", "spmm_grads", "block_diag_matmul", "block_diag_outer", "n_m_spmm", "n_m_sddmm")
 
 
 def why_not(op: str, dtype, block: tuple[int, int], platform: str, elsewhere: bool = False) -> str | None:
@@ -35,8 +37,8 @@ def why_not(op: str, dtype, block: tuple[int, int], platform: str, elsewhere: bo
     where the program is for another machine (`elsewhere`)."""
     if platform != "cpu":
         return f"these kernels run on a CPU, not on {platform}"
-    if op not in _PRODUCTS:
-        return f"there is no kernel {op}; there are {', '.join(_PRODUCTS)}"
+    if op not in PRODUCTS:
+        return f"there is no kernel {op}; there are {', '.join(PRODUCTS)}"
     if (name := np.dtype(dtype).name) not in _DTYPES:
         return f"dtype {name} is not one of {', '.join(_DTYPES)}"
     if op == "spmm_grads" and tuple(block) != (1, 1):
@@ -105,6 +107,33 @@ def block_diag_outer(x, dy, num_blocks: int, *, precision=None):
     del precision
     values = num_blocks, x.shape[1] // num_blocks, dy.shape[1] // num_blocks
     return _call("block_diag_outer", values, x.dtype)(x, dy)
+
+
+def n_m_spmm(
+    x,
+    values,
+    bits,
+    bias=None,
+    *,
+    n: int,
+    m: int,
+    shape: tuple[int, int],
+    transposed: bool = False,
+    activation: str | None = None,
+    precision=None,
+):
+    """Multiplies x by W, or its transpose, of which n of every m rows are stored in each column."""
+    del n, precision
+    how = {"m": np.int64(m), "size_in": np.int64(shape[0]), "transposed": transposed}
+    call = _call("n_m_spmm", (x.shape[0], shape[0 if transposed else 1]), x.dtype)
+    return call(x, values, bits, _bias(bias, x), activation=_activation(activation), **how)
+
+
+def n_m_sddmm(x, dy, bits, *, n: int, m: int, shape: tuple[int, int], precision=None):
+    """Returns x^T dy [in, out] where W is stored, as [groups, n, out]."""
+    del precision
+    values = bits.shape[0], n, bits.shape[1]
+    return _call("n_m_sddmm", values, x.dtype)(x, dy, bits, m=np.int64(m), size_in=np.int64(shape[0]))
 
 
 def isa() -> str:

@@ -8,7 +8,6 @@ import re
 
 import cpu_kernels
 
-TARGETS = ("spmm", "sddmm", "spmm_grads", "block_diag_matmul", "block_diag_outer")
 _NAME = "libjaxsparse_cpu.so"
 
 
@@ -88,7 +87,7 @@ def _registered() -> ctypes.CDLL:
     import jax
 
     library = opened()
-    for name in TARGETS:
+    for name in cpu_kernels.PRODUCTS:
         handler = jax.ffi.pycapsule(getattr(library, f"jaxsparse_cpu_{name}"))
         jax.ffi.register_ffi_target(f"jaxsparse_cpu_{name}", handler, platform="cpu")
     return library

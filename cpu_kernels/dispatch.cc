@@ -98,7 +98,9 @@ std::string wrong_sizes(int64_t m, int64_t in, int64_t out, int64_t depth, int64
 
 }  // namespace
 
-const char* isa() { return chosen().load()->name; }
+const KernelTable& kernels() { return *chosen().load(); }
+
+const char* isa() { return kernels().name; }
 
 bool use_isa(const char* name) {
   const KernelTable* table = named(name);
@@ -121,20 +123,20 @@ bool has_fast_gather() {
 std::string spmm(const Product& p, const Pool& pool) {
   const std::string wrong = wrong_sizes(p.m, p.in, p.out, p.depth, p.width, p.lines, false);
   if (!wrong.empty()) return wrong;
-  return chosen().load()->spmm(p, pool) ? "" : wrong_index(p.lines);
+  return kernels().spmm(p, pool) ? "" : wrong_index(p.lines);
 }
 
 std::string sddmm(const Outer& p, const Pool& pool) {
   const std::string wrong = wrong_sizes(p.m, p.in, p.out, p.depth, p.width, p.lines, false);
   if (!wrong.empty()) return wrong;
-  return chosen().load()->sddmm(p, pool) ? "" : wrong_index(p.lines);
+  return kernels().sddmm(p, pool) ? "" : wrong_index(p.lines);
 }
 
 std::string spmm_grads(const Gradients& p, const Pool& pool) {
   if (!p.lines.order && p.lines.entries) return "both gradients together need the order of entries";
   const std::string wrong = wrong_sizes(p.m, p.in, p.out, 1, 1, p.lines, true);
   if (!wrong.empty()) return wrong;
-  return chosen().load()->spmm_grads(p, pool) ? "" : wrong_index(p.lines);
+  return kernels().spmm_grads(p, pool) ? "" : wrong_index(p.lines);
 }
 
 }  // namespace jaxsparse_cpu

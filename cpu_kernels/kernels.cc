@@ -3,6 +3,7 @@
 
 #include "blocks.h"
 #include "blocks_outer.h"
+#include "n_m.h"
 #include "narrow.h"
 #include "one_row.h"
 #include "unstructured_grads.h"
@@ -56,10 +57,22 @@ bool run_grads(const Gradients& p, const Pool& pool) {
   });
 }
 
+bool run_n_m_spmm(const NM& p, const Pool& pool) {
+  return with_dtype(p.dtype, [&](auto zero) {
+    return with_kept(p, [&](auto kept) { return n_m_multiply<decltype(zero)>(p, kept, pool); });
+  });
+}
+
+bool run_n_m_sddmm(const NM& p, const Pool& pool) {
+  return with_dtype(p.dtype, [&](auto zero) {
+    return with_kept(p, [&](auto kept) { return n_m_sample<decltype(zero)>(p, kept, pool); });
+  });
+}
+
 }  // namespace
 
 extern const KernelTable JOIN(kernels_, JAXSPARSE_ISA);
 const KernelTable JOIN(kernels_, JAXSPARSE_ISA) = {STRING(JAXSPARSE_ISA), run_spmm, run_sddmm,
-                                                   run_grads};
+                                                   run_grads, run_n_m_spmm, run_n_m_sddmm};
 
 }  // namespace jaxsparse_cpu

@@ -60,10 +60,24 @@ struct Gradients {
   Lines lines;
 };
 
+// y[rows, out] = activation(x[rows, in] W + bias), or, transposed, of x[rows, out] W^T. Of every m rows of W n are stored
+// in each column: values[groups, n, out] in ascending order, where bits[groups, out], of 8 bits up to m = 8 and else of
+// 32, say. The sampled product x^T dy goes to y, as values.
+struct NM {
+  Dtype dtype;
+  int64_t rows, in, out, groups, n, m;
+  bool transposed;
+  Activation activation;
+  const void *x, *dy, *values, *bits, *bias;  // bias may be null
+  void* y;
+};
+
 // Each returns an empty string, or what is wrong with the arguments, with the numbers.
 std::string spmm(const Product&, const Pool&);
 std::string sddmm(const Outer&, const Pool&);
 std::string spmm_grads(const Gradients&, const Pool&);
+
+struct KernelTable;
 
 // The instruction set in use: "avx512", "avx2" or "portable". JAXSPARSE_CPU_ISA, or a call of
 // use_isa, lowers it; one that this machine lacks is refused (false).
@@ -74,12 +88,17 @@ bool use_isa(const char* name);
 // it against gather data sampling, as on Intel's server processors before Sapphire Rapids.
 bool has_fast_gather();
 
+// The kernels of the instruction set in use.
+const KernelTable& kernels();
+
 // One compilation of the kernels per instruction set fills one of these.
 struct KernelTable {
   const char* name;
   bool (*spmm)(const Product&, const Pool&);  // false: an index out of range, or no memory
   bool (*sddmm)(const Outer&, const Pool&);
   bool (*spmm_grads)(const Gradients&, const Pool&);
+  bool (*n_m_spmm)(const NM&, const Pool&);  // false: no memory
+  bool (*n_m_sddmm)(const NM&, const Pool&);
 };
 
 }  // namespace jaxsparse_cpu

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from jaxsparse.costs.explaining import explain
     from jaxsparse.costs.measuring import measure
     from jaxsparse.formats import BlockPattern
+    from jaxsparse.formats.n_m import NMPattern
     from jaxsparse.linen import BlockDiagDense, BlockSparseDense, SparseDense
     from jaxsparse.nnx import BlockDiagLinear, BlockSparseLinear, SparseLinear
     from jaxsparse.ops import block_diag_matmul, sddmm, spmm
@@ -23,6 +24,7 @@ __all__ = [
     "BlockPattern",
     "BlockSparseDense",
     "BlockSparseLinear",
+    "NMPattern",
     "SparseDense",
     "SparseLinear",
     "block_diag_matmul",
@@ -40,6 +42,7 @@ __all__ = [
 # Resolved at first use: torch's layers need no JAX, and the products no Flax.
 _HOMES = {
     "BlockPattern": "jaxsparse.formats",
+    "NMPattern": "jaxsparse.formats.n_m",
     "decay_mask": "jaxsparse.roles",
     "devices": "jaxsparse._devices",
     "explain": "jaxsparse.costs.explaining",

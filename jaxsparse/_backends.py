@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 import cpu_kernels
 from jaxsparse import _measured, _xla
 from jaxsparse._measured import Workload
+from jaxsparse._sizes import is_unstructured
 from pallas_kernels import interpret, mosaic, triton
 
 BACKENDS: dict[str, ModuleType] = {
@@ -21,7 +22,7 @@ BACKENDS: dict[str, ModuleType] = {
     "triton": triton,
     "interpret": interpret,
 }
-OPS = ("spmm", "sddmm", "spmm_grads", "block_diag_matmul", "block_diag_outer")
+OPS = _xla.OPS
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _READ_16_BIT = ("triton", "interpret")  # those whose kernels read 16-bit indices of single entries as they are
 
@@ -40,7 +41,7 @@ def why_not(
 
     Args:
       backend: "xla", "cpu", "mosaic", "triton" or "interpret".
-      op: "spmm", "sddmm", "spmm_grads", "block_diag_matmul" or "block_diag_outer".
+      op: the product, as "spmm", "sddmm" or "block_diag_matmul"; the error for an unknown one lists them all.
       dtype: of the arrays.
       block: (i, o) of the matrix, (1, 1) for single entries.
       platform: "cpu", "cuda" (or "gpu"), "rocm" or "tpu"; None means that of this process.
@@ -53,7 +54,7 @@ def why_not(
             there = ", ".join(repr(name) for name in known if name)
             raise ValueError(f"unknown {what} {value!r}: there is {there}.")
     where = _one_word(platform or jax.default_backend())
-    return BACKENDS[backend].why_not(op, jax.numpy.dtype(dtype), tuple(block), where)
+    return _reason(backend, op, jax.numpy.dtype(dtype), tuple(block), where)
 
 
 def kernel(work: Workload, backend: str | None, platform: str) -> Callable[..., Any]:
@@ -64,7 +65,7 @@ def kernel(work: Workload, backend: str | None, platform: str) -> Callable[..., 
     """
     backend = choose(work, backend, platform)
     function = getattr(BACKENDS[backend], work.op)
-    if work.block == (1, 1) and backend in _READ_16_BIT:
+    if is_unstructured(work.block) and backend in _READ_16_BIT:
         return function
     return lambda *operands, **options: function(*jax.tree.map(_widened, operands), **options)
 
@@ -98,7 +99,13 @@ def _why_not_lowered(backend: str, work: Workload, platform: str) -> str | None:
     """A program for another platform than this process runs on is for another machine: what this one lacks is no
     reason there."""
     elsewhere = platform != _one_word(jax.default_backend())
-    return BACKENDS[backend].why_not(work.op, jax.numpy.dtype(work.dtype), work.block, platform, elsewhere)
+    return _reason(backend, work.op, jax.numpy.dtype(work.dtype), work.block, platform, elsewhere)
+
+
+def _reason(backend: str, op: str, *how) -> str | None:
+    """Not every back end has a kernel for every product; else it says itself."""
+    module = BACKENDS[backend]
+    return module.why_not(op, *how) if hasattr(module, op) else f"it has no kernel for {op}"
 
 
 def _one_word(platform: str) -> str:

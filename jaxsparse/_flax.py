@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse._arguments import check_fits, check_one, refuse_empty
+from jaxsparse._indices import Index
 from jaxsparse.formats import BlockPattern
-from jaxsparse.formats import Index as _Index
 
 # ---- initial values ---------------------------------------------------------------------------------
 
@@ -101,17 +101,17 @@ def pattern_key(seed: int, place: int | jax.Array) -> jax.Array:
 
 
 def _sizes(pattern: BlockPattern) -> dict[str, list[int]]:
-    arrays = {name: list(getattr(pattern, name).shape) for name in _Index._fields}
+    arrays = {name: list(getattr(pattern, name).shape) for name in Index._fields}
     return {"shape": list(pattern.shape), "block": list(pattern.block), "transposed": [pattern.transposed], **arrays}
 
 
 def _to_state_dict(pattern: BlockPattern) -> dict:
-    sizes = {name: np.asarray(size, np.int32) for name, size in _sizes(pattern).items() if name not in _Index._fields}
+    sizes = {name: np.asarray(size, np.int32) for name, size in _sizes(pattern).items() if name not in Index._fields}
     return {**pattern.index._asdict(), **sizes}
 
 
 def _from_state_dict(target: BlockPattern, state: dict) -> BlockPattern:
-    if all(state.get(name) is getattr(target, name) for name in _Index._fields):
+    if all(state.get(name) is getattr(target, name) for name in Index._fields):
         return target  # so does Flax rebuild the attributes of a module, traced ones too
     pattern = BlockPattern.from_state(state)
     found, wanted = _sizes(pattern), _sizes(target)

@@ -132,6 +132,43 @@ def _all_from_pointers(col_ptr: np.ndarray, row_index: np.ndarray, grid: tuple[i
     return all_arrays(row_index, cols, grid)
 
 
+def on_device(index: Index) -> Index:
+    """Arrays of the host, which nobody writes to, as JAX's."""
+    return Index(*(jnp.asarray(a, jnp.int32) for a in index))
+
+
+def across(ptr: np.ndarray, index: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A view by lines, whose indices ascend, as the view by the other side: (ptr, index, order).
+
+    Entry k of the result is entry order[k] of what was given. Linear time: SciPy sorts so.
+
+    Args:
+      ptr, index: line k has the entries from ptr[k] to ptr[k + 1], at these places of the other side.
+      size: the length of a line, and so the number of lines of the result.
+    Raises:
+      ValueError: for more entries than int32 can index.
+    """
+    import scipy.sparse
+
+    check_count(len(index))
+    positions = np.arange(len(index), dtype=np.int32)
+    other = scipy.sparse.csr_array((positions, index, ptr), shape=(len(ptr) - 1, size)).tocsc()
+    return other.indptr, other.indices, other.data
+
+
+def inverse(order: np.ndarray) -> np.ndarray:
+    """Where each entry of a permutation is."""
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order), dtype=order.dtype)
+    return places
+
+
+def check_count(entries: int) -> None:
+    """Raises ValueError for more entries than int32 can index."""
+    if entries > INT32_MAX:
+        raise ValueError(f"{entries} entries are more than int32 can index ({INT32_MAX}).")
+
+
 def by_column(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """The order that sorts entries by column, then by row; of equal ones the earlier first."""
     if (rows[1:] >= rows[:-1]).all():  # as a CSR matrix has them: half the work
@@ -182,8 +219,7 @@ def check_coordinates(rows: np.ndarray, cols: np.ndarray, grid: tuple[int, int])
                 f"{name} index {index[bad[0]]} at position {bad[0]} is outside 0 to {size - 1} "
                 f"({bad.size} such entries); indices count blocks, not features."
             )
-    if rows.size > INT32_MAX:
-        raise ValueError(f"{rows.size} entries are more than int32 can index ({INT32_MAX}).")
+    check_count(rows.size)
 
 
 def lines_of(ptr: np.ndarray, lines: int, index: np.ndarray, values: Sized, what: str) -> np.ndarray:

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _indices
-from jaxsparse._indices import Index, from_sorted, lines_of
-from jaxsparse._sizes import INT32_MAX, check_sizes, grid_of
+from jaxsparse._indices import Index, across, from_sorted, inverse, lines_of, on_device
+from jaxsparse._sizes import INT32_MAX, check_sizes, grid_of, is_unstructured
 from jaxsparse.formats import BlockPattern
 
 _IN_SCIPY = ("float32", "float64", "bool", *(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64)))
@@ -33,9 +33,11 @@ def from_scipy(m):
         if is_by_column:
             index, data = from_sorted(row, col, grid), m.data
         else:
-            index, order = _from_rows(m.indptr, col, grid)
+            col_ptr, row, order = across(m.indptr, col, grid[1])
+            own = m.indptr.astype(np.int32), col.astype(np.int32)  # copies: JAX may share the memory
+            index = on_device(Index(col_ptr, row, *own, inverse(order)))
             data = m.data[order]
-        pattern = BlockPattern(*index, shape, block)
+        pattern = BlockPattern.of_index(index, shape, block)
         return pattern, jnp.asarray(data.reshape(pattern.values_shape))
     return from_coordinates(row, col, m.data, m.shape, block)
 
@@ -47,18 +49,6 @@ def _ascends(line: np.ndarray, index: np.ndarray, size: int) -> bool:
     return bool(((index[1:] > index[:-1]) | (line[1:] != line[:-1])).all())
 
 
-def _from_rows(row_ptr: np.ndarray, col: np.ndarray, grid: tuple[int, int]) -> tuple[Index, np.ndarray]:
-    """The index arrays of a matrix sorted by row, and its entries' order by column. SciPy sorts in linear time."""
-    import scipy.sparse
-
-    positions = np.arange(len(col), dtype=np.int32)
-    by_column = scipy.sparse.csr_array((positions, col, row_ptr), shape=grid).tocsc()
-    order, inverse = np.asarray(by_column.data, np.int32), np.empty_like(positions)
-    inverse[order] = positions
-    arrays = (by_column.indptr, by_column.indices, row_ptr, col, inverse)
-    return Index(*(jnp.asarray(a.astype(np.int32)) for a in arrays)), order
-
-
 def to_scipy(pattern: BlockPattern, blocks):
     import scipy.sparse
 
@@ -66,7 +56,7 @@ def to_scipy(pattern: BlockPattern, blocks):
     if blocks.dtype.name not in _IN_SCIPY:
         raise ValueError(f"SciPy has no matrices of {blocks.dtype}: cast the values, as by blocks.astype('float32').")
     (rows, cols), (i, o) = pattern.shape, pattern.block
-    if (i, o) == (1, 1) or rows % i or cols % o:
+    if pattern.is_unstructured or rows % i or cols % o:
         row, col, data = _entries(pattern, blocks)
         return scipy.sparse.csr_array((data, (row, col)), shape=pattern.shape)
     ptr, index, order = _by_row(pattern)
@@ -131,8 +121,8 @@ def from_coordinates(row, col, data, shape, block):
     shape, block = check_sizes(shape, block)
     grid = grid_of(shape, block)
     _indices.check_coordinates(row, col, grid)
-    if data.shape != (len(row), *block) and (block != (1, 1) or data.shape != (len(row),)):
-        what = "entries" if block == (1, 1) else f"blocks of {block}"
+    if data.shape != (len(row), *block) and (not is_unstructured(block) or data.shape != (len(row),)):
+        what = "entries" if is_unstructured(block) else f"blocks of {block}"
         raise ValueError(f"{len(row)} {what} were given with values of shape {data.shape}: one each is needed.")
     order = _indices.by_column(row, col, grid)
     row, col, data = row[order], col[order], data[order]
@@ -140,7 +130,7 @@ def from_coordinates(row, col, data, shape, block):
     if again.any():
         first = np.flatnonzero(np.concatenate([[True], ~again]))
         row, col, data = row[first], col[first], np.add.reduceat(data, first, axis=0, dtype=data.dtype)
-    pattern = BlockPattern._of(_indices.from_sorted(row, col, grid), shape, block)
+    pattern = BlockPattern.of_index(_indices.from_sorted(row, col, grid), shape, block)
     return pattern, jnp.asarray(data.reshape(pattern.values_shape))
 
 

@@ -8,6 +8,8 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxsparse._sizes import is_unstructured
+
 TABLE = Path(__file__).with_name("measured.json")  # {kind of GPU: [fields of a Result]}
 _FAR = 4  # doublings of rows, density and sides of blocks, all together, over which no result speaks
 
@@ -76,7 +78,7 @@ def _result(row: dict[str, Any]) -> Result:
 
 def _alike(work: Workload, other: Workload) -> bool:
     """Single entries and blocks have kernels of their own, and so has each dtype."""
-    kinds = [(w.op, w.dtype, w.block == (1, 1)) for w in (work, other)]
+    kinds = [(w.op, w.dtype, is_unstructured(w.block)) for w in (work, other)]
     return kinds[0] == kinds[1]
 
 

@@ -121,7 +121,7 @@ class Parts:
         at = np.asarray(self._places())
         index = _indices.from_sorted(rows[at], cols[at], grid_of(stored.shape, stored.pattern.block))
         index = index._replace(row_index=index.row_index.astype(self.pattern.row_index.dtype))
-        pattern = BlockPattern._of(index, stored.shape, stored.pattern.block)
+        pattern = BlockPattern.of_index(index, stored.shape, stored.pattern.block)
         return pattern.T if self.pattern.transposed else pattern
 
     @property
@@ -162,7 +162,7 @@ def split(pattern: BlockPattern, pieces: int, axis: int) -> Parts:
     index = index._replace(row_index=index.row_index.astype(pattern.row_index.dtype))
     shape = list(pattern.shape)
     shape[axis] = (blocks + spare) * block[axis]
-    parts = BlockPattern._of(index, (shape[0], shape[1]), block)
+    parts = BlockPattern.of_index(index, (shape[0], shape[1]), block)
     return Parts(parts, pattern.shape, axis, pattern.nnzb, blocks * block[axis], pieces)
 
 

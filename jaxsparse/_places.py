@@ -40,7 +40,7 @@ def pattern_of(places: UInt[Array, " nnzb"], like: BlockPattern) -> BlockPattern
         for sorted_places, n, per in ((places, like.grid[1], rows), (by_row, like.grid[0], cols))
     )
     index = Index(col_ptr, places % rows, row_ptr, by_row % cols, order)
-    return BlockPattern._of(Index(*(a.astype(jnp.int32) for a in index)), like.shape, like.block)
+    return BlockPattern.of_index(Index(*(a.astype(jnp.int32) for a in index)), like.shape, like.block)
 
 
 def merged(

@@ -23,6 +23,21 @@ def as_pair(block) -> tuple[int, int]:
     return i, o
 
 
+def swapped(pair: tuple[int, int]) -> tuple[int, int]:
+    """(in, out) of the transpose."""
+    return pair[1], pair[0]
+
+
+def is_unstructured(block: tuple[int, int]) -> bool:
+    """Whether single entries are stored: blocks of (1, 1), which have kernels and a shape of values of their own."""
+    return block == (1, 1)
+
+
+def values_shape(nnzb: int, block: tuple[int, int]) -> tuple[int, ...]:
+    """Shape of the values of `nnzb` stored blocks: [nnzb, i, o], of single entries [nnz]."""
+    return (nnzb,) if is_unstructured(block) else (nnzb, *block)
+
+
 def check_sizes(shape, block) -> tuple[tuple[int, int], tuple[int, int]]:
     """Shape and block as pairs of ints, or a ValueError that says what does not fit."""
     try:
@@ -64,7 +79,7 @@ def count_stored(density: float, shape: tuple[int, int], block: tuple[int, int])
     blocks = math.prod(grid_of(shape, block))
     count = count_kept(density, blocks)
     if count == 0 and density > 0:
-        smaller = "" if block == (1, 1) else ", or smaller blocks"
+        smaller = "" if is_unstructured(block) else ", or smaller blocks"
         raise ValueError(
             f"density={density} keeps nothing of a {shape} (in, out) matrix, which is {blocks} blocks of {block}: "
             f"{density} x {blocks} = {float(density) * blocks:.3g}, rounded 0. Give a density of at least "

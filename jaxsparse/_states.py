@@ -45,7 +45,7 @@ def from_state(state: Mapping[str, Any]) -> BlockPattern:
         name: jnp.array(a, None if name == "row_index" and a.dtype == np.uint16 else np.int32)
         for name, a in arrays.items()
     }
-    return BlockPattern(**made, shape=shape, block=block, transposed=transposed)
+    return BlockPattern.of_index(Index(**made), shape, block, transposed)
 
 
 def _by_leaf_names(state: Mapping[str, Any]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -77,7 +76,7 @@ def _fill_pattern(target: BlockPattern, pattern: BlockPattern, place: Callable[[
         if name == "row_index" and {str(getattr(a, "dtype", "")) for a in (got, like)} == {"int32", "uint16"}:
             got = np.asarray(got).astype(like.dtype)  # indices are the same numbers in either
         fields[name] = fill(like, got, place, (*path, name))
-    return dataclasses.replace(pattern, **fields)
+    return BlockPattern.of_index(Index(**fields), pattern.shape, pattern.block, pattern.transposed)
 
 
 def place(a: Any, like: Any) -> Any:

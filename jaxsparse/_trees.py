@@ -243,7 +243,7 @@ def build(node: dict[str, Any], arrays: Arrays, make: Callable[[np.ndarray], Any
         return _pattern(arrays[col_ptr], arrays[row_index], node)
     if "fields" in node:
         fields = {name: build(child, arrays, lambda a: a) for name, child in node["fields"].items()}
-        return BlockPattern(**fields, **_sizes(node))
+        return BlockPattern.of_index(Index(**fields), **_sizes(node))
     return make(_unstored(arrays[node["array"]], node.get("dtype")))
 
 
@@ -264,7 +264,7 @@ def _pattern(col_ptr: np.ndarray, row_index: np.ndarray, node: dict[str, Any]) -
     index = _indices.from_pointers(col_ptr, row_index, (grid[1], grid[0]) if sizes["transposed"] else grid)
     if row_index.dtype == np.uint16:  # a narrow index stays one
         index = index._replace(row_index=jnp.array(row_index))
-    return BlockPattern(**index._asdict(), **sizes)
+    return BlockPattern.of_index(index, **sizes)
 
 
 def _sizes(node: dict[str, Any]) -> dict[str, Any]:

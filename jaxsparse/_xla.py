@@ -21,15 +21,17 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt
 
+from jaxsparse._groups import compress, expand
 from jaxsparse._indices import Index, stored_columns
-from jaxsparse._sizes import grid_of
+from jaxsparse._sizes import grid_of, is_unstructured, values_shape
 
 SLOTS_BELOW = 0.15  # density under which a CPU multiplies by slots
 CHUNKS_BELOW = 0.03  # density under which a CPU samples a product entry by entry
 DENSE_LIMIT = 2**26  # entries of an unstructured matrix that may be expanded for one product
 
+OPS = ("spmm", "sddmm", "spmm_grads", "block_diag_matmul", "block_diag_outer", "n_m_spmm", "n_m_sddmm")
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
 
@@ -87,7 +89,7 @@ def spmm(
     out = shape[0] if transposed else shape[1]
     if 0 in (blocks.shape[0], x.shape[0]):
         y = jnp.zeros((x.shape[0], out), wide(x.dtype))
-    elif block != (1, 1):
+    elif not is_unstructured(block):
         y = _blocks(x, blocks, index, shape, block, transposed, precision)
     else:
         y = _unstructured(x, blocks, index, shape, transposed, precision)
@@ -106,18 +108,18 @@ def sddmm(
     """The blocks of x^T dy that W stores."""
     nnzb = index.row_index.shape[0]
     if 0 in (nnzb, x.shape[0]):
-        return jnp.zeros((nnzb,) if block == (1, 1) else (nnzb, *block), x.dtype)
+        return jnp.zeros(values_shape(nnzb, block), x.dtype)
 
     def chunks(x, dy):
         return _sampled_chunks(x, dy, index, shape, block, precision)
 
     def expand(x, dy):
         dense = _dot(x, dy, ((0, 0),), precision)
-        if block != (1, 1):
+        if not is_unstructured(block):
             dense = _in_blocks(dense, shape, block)
         return dense[index.row_index, stored_columns(index)].astype(x.dtype)
 
-    if block != (1, 1):
+    if not is_unstructured(block):
         return _by_device(shape, chunks, expand)(x, dy)
     return _by_density(nnzb, shape, CHUNKS_BELOW, chunks, expand)(x, dy)
 
@@ -135,6 +137,38 @@ def spmm_grads(
     """(dy W^T, the blocks of x^T dy that W stores). XLA gains nothing by fusing them."""
     sizes = {"shape": shape, "block": block, "precision": precision}
     return spmm(dy, blocks, index, transposed=True, **sizes), sddmm(x, dy, index, **sizes)
+
+
+def n_m_spmm(
+    x: Float[Array, "m features"],
+    values: Float[Array, "groups n out"],
+    bits: UInt[Array, "groups out"],
+    bias: Float[Array, " out"] | None = None,
+    *,
+    n: int,
+    m: int,
+    shape: tuple[int, int],
+    transposed: bool = False,
+    activation: str | None = None,
+    precision=None,
+) -> Float[Array, "m out"]:
+    """x W, or x W^T if `transposed`, then bias and activation; W is expanded for the product."""
+    w = expand(values, bits, m, shape[0])
+    return _finish(_dot(x, w, ((1, 1 if transposed else 0),), precision), bias, activation, x.dtype)
+
+
+def n_m_sddmm(
+    x: Float[Array, "m in"],
+    dy: Float[Array, "m out"],
+    bits: UInt[Array, "groups out"],
+    *,
+    n: int,
+    m: int,
+    shape: tuple[int, int],
+    precision=None,
+) -> Float[Array, "groups n out"]:
+    """x^T dy where W is stored."""
+    return compress(_dot(x, dy, ((0, 0),), precision), bits, n, m).astype(x.dtype)
 
 
 # ---- blocks ---------------------------------------------------------------------------------------
@@ -197,7 +231,7 @@ def _sampled_chunks(x, dy, index, shape, block, precision):
     at = jnp.stack([index.row_index, stored_columns(index)])
     at = jnp.pad(at, ((0, 0), (0, steps * size - nnzb))).reshape(2, steps, size)
     values = jax.lax.map(chunk, at.swapaxes(0, 1)).reshape(-1, i, o)[:nnzb]
-    return values[:, 0, 0] if block == (1, 1) else values
+    return values.reshape(values_shape(nnzb, block))
 
 
 # ---- unstructured ---------------------------------------------------------------------------------

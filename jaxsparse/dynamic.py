@@ -22,7 +22,7 @@ from jaxsparse import _places, _select
 from jaxsparse._carry import Path, take, take_state
 from jaxsparse._places import NOWHERE
 from jaxsparse._replicas import on_whole
-from jaxsparse._sizes import count_kept, count_stored
+from jaxsparse._sizes import count_kept, count_stored, is_unstructured
 from jaxsparse.formats import BlockPattern
 
 CHUNK = 2**18  # entries of the dense gradient that exist at a time; one block column, where that is more
@@ -266,7 +266,7 @@ def _chunks(x, dy, pattern: BlockPattern, kept, width: int):
     def keys_of(step):
         rows_of_dyt = jax.lax.dynamic_slice_in_dim(dyt, step * width * o, width * o)
         gradient = jnp.dot(rows_of_dyt, x, precision="highest").reshape(width, o, rows, i)
-        scores = jnp.abs(gradient[:, 0, :, 0]) if (i, o) == (1, 1) else jnp.square(gradient).sum((1, 3))
+        scores = jnp.abs(gradient[:, 0, :, 0]) if is_unstructured((i, o)) else jnp.square(gradient).sum((1, 3))
         first, start = pattern.col_ptr[step * width], step.astype(jnp.uint32) * size
         last = pattern.col_ptr[jnp.minimum(step * width + width, cols)]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,14 @@ from jaxtyping import Array, Float
 from jaxsparse import _backends, products
 from jaxsparse._xla import ACTIVATIONS
 from jaxsparse.formats import BlockPattern
+from jaxsparse.formats.n_m import NMPattern
+from jaxsparse.products import n_m
 
 Activation = str | Callable[[jax.Array], jax.Array] | None
+_PRODUCTS = {  # of each format: (spmm, sddmm)
+    BlockPattern: (products.spmm, products.sddmm),
+    NMPattern: (n_m.spmm, n_m.sddmm),
+}
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -61,7 +66,7 @@ def block_diag_matmul(
 def spmm(
     x: Float[Array, "*batch in"],
     blocks: Float[Array, " *values"],
-    pattern: BlockPattern,
+    pattern: BlockPattern | NMPattern,
     bias: Float[Array, " out"] | None = None,
     *,
     activation: Activation = None,
@@ -93,15 +98,16 @@ def spmm(
     pattern.check_values(blocks)
     _check_call(x, {"blocks": blocks}, bias, pattern.shape[1], backend)
     name, after = _activation(activation)
-    how = {"activation": name, "precision": precision, "backend": backend, **_stored(pattern)}
-    y = products.spmm(x, blocks, pattern.index, bias, **how)
+    how = {"activation": name, "precision": precision, "backend": backend, **pattern.sizes}
+    product, _ = _PRODUCTS[type(pattern)]
+    y = product(x, blocks, pattern.index, bias, **how)
     return after(y) if after else y
 
 
 def sddmm(
     x: Float[Array, "*batch in"],
     dy: Float[Array, "*batch out"],
-    pattern: BlockPattern,
+    pattern: BlockPattern | NMPattern,
     *,
     precision: jax.lax.PrecisionLike = None,
     backend: str | None = None,
@@ -128,15 +134,8 @@ def sddmm(
     if x.shape[:-1] != dy.shape[:-1]:
         raise ValueError(f"x and dy must share their leading dimensions, got {x.shape} and {dy.shape}.")
     _check_call(x, {"dy": dy}, None, 0, backend)
-    return products.sddmm(x, dy, pattern.index, precision=precision, backend=backend, **_stored(pattern))
-
-
-def _stored(pattern: BlockPattern) -> dict[str, Any]:
-    """The sizes of the matrix as it is stored, and whether its transpose is meant."""
-    shape, block = pattern.shape, pattern.block
-    if pattern.transposed:
-        shape, block = shape[::-1], block[::-1]
-    return {"shape": shape, "block": block, "transposed": pattern.transposed}
+    _, product = _PRODUCTS[type(pattern)]
+    return product(x, dy, pattern.index, precision=precision, backend=backend, **pattern.sizes)
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
@@ -153,13 +152,13 @@ def _check_arrays(op: str, **operands) -> None:
 
 
 def _check_pattern(pattern) -> None:
-    if not isinstance(pattern, BlockPattern):
+    if type(pattern) not in _PRODUCTS:
         raise ValueError(
-            f"pattern is a {type(pattern).__name__}, not a BlockPattern; BlockPattern.from_mask makes one of a mask."
+            f"pattern is a {type(pattern).__name__}, not a BlockPattern or NMPattern; from_mask makes one of a mask."
         )
-    if jnp.ndim(pattern.row_index) != 1:
+    if pattern.stacked:
         raise ValueError(
-            f"the pattern's arrays carry {jnp.ndim(pattern.row_index) - 1} leading axes, as scan and vmap stack them: "
+            f"the pattern's arrays carry {pattern.stacked} leading axes, as scan and vmap stack them: "
             "take one layer of it with jax.tree.map(lambda a: a[k], pattern), or call under the same vmap."
         )
 

@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from jaxsparse import _select
-from jaxsparse._sizes import as_pair, count_kept, grid_of
+from jaxsparse._sizes import as_pair, count_kept, grid_of, is_unstructured
 
 Schedule = Callable[[Any], Any]
 
@@ -67,7 +67,7 @@ def score(
         _check_shape("x", x, (*x.shape[:-1], w.shape[0]))
         squares = jnp.square(x).reshape(-1, w.shape[0])
         entries = entries * jnp.sqrt(squares.sum(0))[:, None]
-    return entries if block == (1, 1) else _block_norms(entries, block)
+    return entries if is_unstructured(block) else _block_norms(entries, block)
 
 
 def top_mask(

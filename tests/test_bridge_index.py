@@ -1,6 +1,7 @@
 """The pattern buffers of the torch layers: whatever writes into them, a layer computes what it should, or refuses."""
 
 import copy
+import dataclasses
 import io
 import os
 import pickle
@@ -17,7 +18,9 @@ import torch
 from torch import func
 from torch.optim import swa_utils
 
+from jaxsparse._indices import Index
 from jaxsparse.formats import BlockPattern
+from pallas_kernels import _lines
 from torch_bridge import BlockSparseLinear, SparseLinear, _index
 from torch_bridge._whole import NAMES, Record, fault
 
@@ -383,3 +386,8 @@ def test_half_of_another_pattern_never_passes_as_whole():
         mixed = [pair[k][i] for i, k in enumerate(chosen)]
         is_one = any(all(map(np.array_equal, mixed, p)) for p in pair)
         assert (fault(mixed, grid) is None) == is_one, seed
+
+
+def test_all_who_name_the_arrays_of_a_pattern_name_them_alike():
+    fields = [field.name for field in dataclasses.fields(BlockPattern)]
+    assert tuple(fields[:5]) == Index._fields == _lines.Index._fields == NAMES

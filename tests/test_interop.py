@@ -6,7 +6,8 @@ import pytest
 import scipy.sparse
 from jax.experimental import sparse as jsparse
 
-from jaxsparse import BlockPattern, reference, spmm, testing
+from jaxsparse import BlockPattern, _indices, _interop, reference, spmm, testing
+from jaxsparse.files import weights
 
 
 @pytest.mark.parametrize("name", ["wide unstructured", "tall blocks of 32x16", "odd blocks of 7x5"])
@@ -178,3 +179,18 @@ def test_values_that_scipy_has_no_matrices_of_are_refused_by_their_dtype(dtype):
         pattern = BlockPattern.banded((4, 4), 0, block)
         with pytest.raises(ValueError, match=rf"no matrices of {dtype.__name__}.*astype"):
             pattern.to_scipy(jnp.ones(pattern.values_shape, dtype))
+
+
+def test_a_matrix_of_more_entries_than_int32_counts_is_refused_before_anything_is_made(monkeypatch):
+    monkeypatch.setattr(_indices, "INT32_MAX", 7)
+    monkeypatch.setattr(_interop, "INT32_MAX", 7)
+    for m in (scipy.sparse.csr_array(CIRCLE), scipy.sparse.csc_array(CIRCLE), scipy.sparse.coo_array(CIRCLE)):
+        with pytest.raises(ValueError, match="8 entries are more than int32 can index"):
+            BlockPattern.from_scipy(m)
+    bits = {
+        "bitmask": np.packbits(CIRCLE != 0, axis=1, bitorder="little"),
+        "compressed": ONES,
+        "shape": np.array([4, 4]),
+    }
+    with pytest.raises(ValueError, match="w: 8 entries are more than int32 can index"):
+        weights.gather({f"w.{name}": a for name, a in bits.items()})

@@ -95,7 +95,7 @@ def test_any_pattern_joins(data):
 
 def test_pieces_of_16_bit_indices_keep_them():
     pattern = BlockPattern.random(jax.random.key(0), (64, 48), density=0.2)
-    narrow = BlockPattern._of(
+    narrow = BlockPattern.of_index(
         pattern.index._replace(row_index=pattern.row_index.astype(jnp.uint16)), pattern.shape, pattern.block
     )
     for axis in (0, 1):

@@ -81,8 +81,8 @@ MUTANTS = [
     Mutant(
         "exporting: one custom call is not vouched for",
         "jaxsparse/exporting.py",
-        "for name in _library.TARGETS]",
-        'for name in _library.TARGETS if name != "spmm"]',
+        "for name in cpu_kernels.PRODUCTS]",
+        'for name in cpu_kernels.PRODUCTS if name != "spmm"]',
         "tests/test_exporting.py::test_an_exported_program_takes_any_batch",
     ),
     Mutant(

@@ -26,7 +26,7 @@ def split(w: Tensor) -> tuple[BlockPattern, Tensor]:
         return _unpacked(w)
     pattern, values, order = layouts.place(w)
     values = values[torch.from_numpy(order).to(values.device)]
-    return pattern, values.reshape(pattern.values_shape) if pattern.block == (1, 1) else values.mT
+    return pattern, values.reshape(pattern.values_shape) if pattern.is_unstructured else values.mT
 
 
 def join(pattern: BlockPattern, values: Tensor) -> Tensor:

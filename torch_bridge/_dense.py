@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from jaxsparse._sizes import is_unstructured
+
 
 class Stored(Protocol):
     """What of `_stored.Stored` is read here: where blocks lie."""
@@ -27,7 +29,7 @@ def gather(w: Tensor, stored: Stored) -> Tensor:
     """The stored blocks of a dense matrix, zero beyond its edge."""
     (i, o), row, col, (rows, cols) = _places(stored, w.device)
     w = w.T if stored.transposed else w
-    if (i, o) == (1, 1):
+    if is_unstructured((i, o)):
         return w.T.take(col * rows + row)  # a Linear has its weight in this order
     w = F.pad(w, (0, cols * o - w.shape[1], 0, rows * i - w.shape[0])).reshape(rows, i, cols, o)
     return w[row, :, col]

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from jaxsparse import ops
+from jaxsparse._indices import Index
 from jaxsparse.formats import BlockPattern
 from torch_bridge._product import NAME, Product
 from torch_bridge.dlpack import torch_to_jax
@@ -26,7 +27,7 @@ def copied_pattern(product: Product, index: Sequence[Tensor]) -> BlockPattern:
 
 
 def _pattern(product: Product, index: Sequence[Any]) -> BlockPattern:
-    return BlockPattern.tree_unflatten((product.shape, product.block, product.transposed), index)
+    return BlockPattern.of_index(Index(*index), product.shape, product.block, product.transposed)
 
 
 def _multiply(product: Product, *, bias, index, weight, x):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cpu_kernels import direct
+from jaxsparse._sizes import is_unstructured, values_shape
 from torch_bridge._memory import in_large_pages
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # as the kernels have them
@@ -114,7 +115,7 @@ class Sparse:
 
     @property
     def fuses_gradients(self) -> bool:
-        return not self.transposed and self.sizes[2:] == (1, 1)
+        return not self.transposed and is_unstructured(self.sizes[2:])
 
     def operator(self, name: str, *operands) -> Any:
         """The method of this name as one of torch's operators."""
@@ -128,8 +129,7 @@ class Sparse:
 
     @property
     def values_shape(self) -> tuple[int, ...]:
-        nnzb, (i, o) = self.index[1].shape[0], self.sizes[2:]
-        return (nnzb,) if (i, o) == (1, 1) else (nnzb, i, o)
+        return values_shape(self.index[1].shape[0], self.sizes[2:])
 
     def _plain_index(self) -> tuple[Tensor, ...]:
         if self._plain is None:

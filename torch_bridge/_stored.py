@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from jaxsparse._arguments import check_fits, check_one, refuse_empty
-from jaxsparse._sizes import check_sizes, count_stored, grid_of
+from jaxsparse._sizes import check_sizes, count_stored, grid_of, is_unstructured, swapped, values_shape
 from torch_bridge import _dense, _draw
 
 
@@ -29,8 +29,7 @@ class Stored:
 
     @property
     def values_shape(self) -> tuple[int, ...]:
-        nnzb, (i, o) = self.index[1].shape[0], self.block
-        return (nnzb,) if (i, o) == (1, 1) else (nnzb, o, i) if self.transposed else (nnzb, i, o)
+        return values_shape(self.index[1].shape[0], swapped(self.block) if self.transposed else self.block)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -82,7 +81,7 @@ def of_mask(mask: Any, shape: tuple[int, int], block) -> Stored:
         )
     shape, block = check_sizes(shape, block)
     marked = np.asarray(mask).T != 0
-    return _of_marks(marked if block == (1, 1) else np.any(_cut(marked, block), axis=(1, 3)), shape, block)
+    return _of_marks(marked if is_unstructured(block) else np.any(_cut(marked, block), axis=(1, 3)), shape, block)
 
 
 def _of_marks(marked: np.ndarray, shape: tuple[int, int], block: tuple[int, int]) -> Stored:

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import scipy.sparse
 
-from jaxsparse._indices import Index
+from jaxsparse._indices import Index, across, on_device
 from jaxsparse.formats import BlockPattern
 
 
@@ -75,16 +73,10 @@ def _from_bitmask(compressed, bitmask, shape, row_offsets=None) -> SparseMatrix:
     if row_offsets is not None and not np.array_equal(row_offsets.ravel(), out_ptr[:-1]):
         raise ValueError("row_offsets are not where the rows of the bitmask begin.")
     rows = (np.flatnonzero(bits.ravel()) % bits.shape[1]).astype(np.int32)
-    pattern = BlockPattern(*_by_both(out_ptr.astype(np.int32), rows, (size_in, out)), (size_in, out), (1, 1))
+    out_ptr = out_ptr.astype(np.int32)
+    index = Index(out_ptr, rows, *across(out_ptr, rows, size_in))
+    pattern = BlockPattern.of_index(on_device(index), (size_in, out), (1, 1))
     return SparseMatrix(pattern, compressed.reshape(-1))
-
-
-def _by_both(col_ptr: np.ndarray, row_index: np.ndarray, shape: tuple[int, int]) -> Index:
-    """The index arrays of what a mask says, which needs no check. SciPy sorts in linear time."""
-    positions = np.arange(len(row_index), dtype=np.int32)
-    by_row = scipy.sparse.csc_array((positions, row_index, col_ptr), shape=shape).tocsr()
-    arrays = (col_ptr, row_index, by_row.indptr, by_row.indices, by_row.data)
-    return Index(*(jnp.asarray(a, jnp.int32) for a in arrays))
 
 
 def _from_block_mask(data, block_mask, cols_a, **rest) -> SparseMatrix:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from jaxsparse._xla import ACTIVATIONS, wide
-from jaxsparse.products._rules import added, is_zero, no_change
+from jaxsparse.products._rules import Product, added, is_zero, no_change
 from jaxsparse.products._shards import spread
 
 
@@ -32,6 +32,19 @@ def finished(activation: str | None, z: jax.Array, terms: Sequence[Any], of_bias
         y = function(z)
         return y, no_change(y)
     return jax.jvp(jax.checkpoint(function, prevent_cse=False), (z,), (tangent,))
+
+
+def bilinear_then_finished(product: Product, index: int) -> Callable[..., Any]:
+    """The tangent of activation(x W + bias), of operands x, W, `index` arrays of where W is stored, and any bias."""
+
+    def rule(primals, tangents, *, activation, **how):
+        (x, w, *rest), (tx, tw) = primals, tangents[:2]
+        z = product(*primals, activation=None, **how)
+        pairs = ((tx, w), tx), ((x, tw), tw)
+        terms = [product(*pair, *rest[:index], activation=None, **how) for pair, t in pairs if not is_zero(t)]
+        return finished(activation, z, terms, tangents[2 + index :])
+
+    return rule
 
 
 def refuse_epilogue(activation: str | None, of_bias: Sequence[bool]) -> None:

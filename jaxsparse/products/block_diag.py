@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.interpreters import ad, batching
 
 from jaxsparse import _backends
-from jaxsparse.products._epilogue import finished, refuse_epilogue
+from jaxsparse.products._epilogue import bilinear_then_finished, refuse_epilogue
 from jaxsparse.products._rules import (
     Product,
     is_unknown,
@@ -53,14 +53,6 @@ def _matmul_kernel(platform, *, backend, **options):
     return run
 
 
-def _matmul_jvp(primals, tangents, *, activation, **how):
-    (x, w), (tx, tw) = primals[:2], tangents[:2]
-    z = _matmul(*primals, activation=None, **how)
-    pairs = ((tx, w), tx), ((x, tw), tw)
-    terms = [_matmul(*pair, activation=None, **how) for pair, t in pairs if not is_zero(t)]
-    return finished(activation, z, terms, tangents[2:])
-
-
 # Linear in each: of the cotangent dy, x gets dy W^T, and W the blocks of x^T dy, or of dy^T x where it is transposed.
 def _matmul_transpose(dy, x, w, *bias, activation, transposed, **how):
     refuse_epilogue(activation, [is_unknown(b) for b in bias])
@@ -92,7 +84,7 @@ _matmul = Product(
     shards=Shards(("Bn", "n..", "n"), ("Bn",)),
     flops=lambda operands, _: multiply_adds(operands[0], operands[1]),
 )
-ad.primitive_jvps[_matmul] = _matmul_jvp
+ad.primitive_jvps[_matmul] = bilinear_then_finished(_matmul, 0)
 ad.primitive_transposes[_matmul] = _matmul_transpose
 batching.primitive_batchers[_matmul] = _matmul_batched
 

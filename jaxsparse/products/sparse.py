@@ -19,6 +19,7 @@ from jax.interpreters import ad, batching, partial_eval
 
 from jaxsparse import _backends
 from jaxsparse._indices import Index
+from jaxsparse._sizes import is_unstructured, values_shape
 from jaxsparse.products._epilogue import finished, refuse_epilogue
 from jaxsparse.products._rules import (
     Product,
@@ -113,7 +114,7 @@ def _sample(x, dy, index, transposed: bool, how: dict[str, Any]):
 
 
 def _sddmm_shapes(x, dy, col_ptr, row_index, *_, block, **how):
-    return [row_index.shape if block == (1, 1) else (*row_index.shape, *block)]
+    return [values_shape(*row_index.shape, block)]
 
 
 def _sddmm_kernel(platform, *, block, backend, **options):
@@ -163,7 +164,7 @@ def _tangent_transpose(dy, tx, tw, x, w, *index, transposed, **how):
     for_x, for_w = is_unknown(tx), is_unknown(tw)
     if is_zero(dy):
         return returned(4 + _N)
-    if for_x and for_w and how["block"] == (1, 1) and not transposed:
+    if for_x and for_w and is_unstructured(how["block"]) and not transposed:
         return returned(4 + _N, dict(enumerate(_grads(x, dy, w, *index, **how))))
     found = {}
     if for_x:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse import _indices
 from jaxsparse._indices import Index
-from jaxsparse._sizes import as_pair, check_sizes, count_stored, grid_of
+from jaxsparse._sizes import as_pair, check_sizes, count_stored, grid_of, is_unstructured, swapped, values_shape
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -34,7 +34,7 @@ class BlockPattern:
 
     A block of (1, 1) is an unstructured pattern: its values are `[nnz]` instead of `[nnz, 1, 1]`.
     Arrays are pytree leaves and sizes are static, so another pattern of equal size does not recompile.
-    The constructors below validate; build by hand only what is known to be right.
+    The constructors below validate, but for `of_index`, by which all others end.
 
     Attributes:
       col_ptr: int32 [grid_out + 1], entries of block column c are col_ptr[c] to col_ptr[c + 1].
@@ -65,7 +65,7 @@ class BlockPattern:
 
     @classmethod
     def tree_unflatten(cls, static, leaves) -> BlockPattern:
-        return cls(*leaves, *static)
+        return cls.of_index(Index(*leaves), *static)
 
     def __repr__(self) -> str:
         rows, cols = self.shape
@@ -93,11 +93,19 @@ class BlockPattern:
         return self.row_index.shape[-1]
 
     @property
+    def stacked(self) -> int:
+        """How many leading axes the arrays have: none, unless scan or vmap stacked several patterns."""
+        return jnp.ndim(self.row_index) - 1
+
+    @property
     def values_shape(self) -> tuple[int, ...]:
         """Shape of `blocks`: [nnz] for block (1, 1), else [nnzb, i, o]; a transposed view keeps it."""
-        if self.block == (1, 1):
-            return (self.nnzb,)
-        return (self.nnzb, *(self.block[::-1] if self.transposed else self.block))
+        return values_shape(self.nnzb, swapped(self.block) if self.transposed else self.block)
+
+    @property
+    def is_unstructured(self) -> bool:
+        """Whether it stores single entries: blocks of (1, 1)."""
+        return is_unstructured(self.block)
 
     @property
     def density(self) -> float:
@@ -117,12 +125,18 @@ class BlockPattern:
     @property
     def T(self) -> BlockPattern:
         """The pattern of the transposed matrix: a view of the same arrays and the same `blocks`."""
-        return dataclasses.replace(self, shape=self.shape[::-1], block=self.block[::-1], transposed=not self.transposed)
+        return self.of_index(self.index, swapped(self.shape), swapped(self.block), not self.transposed)
 
     @property
     def index(self) -> Index:
         """The arrays alone, as kernels take them; they describe the stored, untransposed matrix."""
         return Index(*(getattr(self, name) for name in Index._fields))
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What products need to know beside the arrays: the sizes of the matrix as it is stored."""
+        stored = self.T if self.transposed else self
+        return {"shape": stored.shape, "block": stored.block, "transposed": self.transposed}
 
     @property
     def rows(self) -> Int[Array, " nnzb"]:
@@ -135,6 +149,19 @@ class BlockPattern:
         return self.row_index if self.transposed else _indices.stored_columns(self.index)
 
     # ---- constructors ---------------------------------------------------------------------------
+
+    @classmethod
+    def of_index(
+        cls, index: Index, shape: tuple[int, int], block: tuple[int, int], transposed: bool = False
+    ) -> BlockPattern:
+        """The pattern of arrays that are known to be right: nothing is checked, so tracers and placeholders go too.
+
+        Args:
+          index: the five arrays, which describe the stored, untransposed matrix; a stack of patterns has leading axes.
+          shape, block: those of the pattern's own view.
+          transposed: whether that is the transposed one.
+        """
+        return cls(*index, shape, block, transposed)
 
     @classmethod
     def random(
@@ -163,7 +190,7 @@ class BlockPattern:
         """
         shape, block = check_sizes(shape, block)
         count = count_stored(density, shape, block)
-        return cls._of(_indices.stratified(key, grid_of(shape, block), count), shape, block)
+        return cls.of_index(_indices.stratified(key, grid_of(shape, block), count), shape, block)
 
     @classmethod
     def from_indices(cls, rows, cols, *, shape: tuple[int, int], block: int | tuple[int, int] = (1, 1)) -> BlockPattern:
@@ -176,7 +203,7 @@ class BlockPattern:
         rows, cols = np.asarray(rows), np.asarray(cols)
         grid = grid_of(shape, block)
         _indices.check_indices(rows, cols, grid)
-        return cls._of(_indices.from_sorted(rows, cols, grid), shape, block)
+        return cls.of_index(_indices.from_sorted(rows, cols, grid), shape, block)
 
     @classmethod
     def from_mask(cls, mask, block: int | tuple[int, int] = (1, 1)) -> BlockPattern:
@@ -251,10 +278,6 @@ class BlockPattern:
 
         return _states.from_state(state)
 
-    @classmethod
-    def _of(cls, index: Index, shape: tuple[int, int], block: tuple[int, int]) -> BlockPattern:
-        return cls(**index._asdict(), shape=shape, block=block)
-
     def union(self, other: BlockPattern) -> BlockPattern:
         """The pattern of the blocks that either has; both must be concrete, of one shape and block."""
         if (self.shape, self.block) != (other.shape, other.block):
@@ -284,7 +307,7 @@ class BlockPattern:
             raise ValueError(f"gather wants a matrix of shape {self.shape}, got {w.shape}.")
         if self.transposed:
             return self.T.gather(w.T)
-        if self.block == (1, 1):
+        if self.is_unstructured:
             return w[self.rows, self.cols]
         return _cut(w, self.block)[self.rows, :, self.cols]
 

@@ -1,0 +1,5 @@
+"""Where the non-zeros of a matrix are: one file for each way to store them."""
+
+from jaxsparse.formats.block import BlockPattern
+
+__all__ = ["BlockPattern"]
