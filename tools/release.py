@@ -90,6 +90,8 @@ def wheels() -> None:
     shutil.rmtree(source, ignore_errors=True)  # the files of an sdist have no times by which make would see a change
     with tarfile.open(archive()) as tar:
         tar.extractall(WORK, filter="data")
+    for old in DIST.glob("*.whl"):
+        old.unlink()
     for machine in MACHINES:
         fresh = WORK / machine
         shutil.rmtree(fresh, ignore_errors=True)
