@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -q -n auto --dist loadgroup
 export PYTHONDONTWRITEBYTECODE = 1
 
-.PHONY: demo test test-all check docs mutants clean
+.PHONY: demo test test-all check docs mutants release-check clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.ready
@@ -38,6 +38,12 @@ docs: $(VENV)/.ready
 mutants: $(VENV)/.ready
 	@echo "mutants: faults planted in a copy, each with the test that must find it, some minutes"
 	@$(BIN)/python tools/mutants.py
+
+release-check:
+	@echo "release-check: an sdist, wheels for two architectures, and each tried in a fresh environment, half an hour"
+	@$(PYTHON) -m venv .venv-release
+	@.venv-release/bin/python -m pip install -q -r tools/release-requirements.txt
+	@.venv-release/bin/python tools/release.py
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "setup: a virtual environment in $(VENV) with everything the project uses, a few minutes the first time"
