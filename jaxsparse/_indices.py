@@ -132,8 +132,8 @@ def _all_from_pointers(col_ptr: np.ndarray, row_index: np.ndarray, grid: tuple[i
     return all_arrays(row_index, cols, grid)
 
 
-def on_device(index: Index) -> Index:
-    """Arrays of the host, which nobody writes to, as JAX's."""
+def on_device(*index: np.ndarray) -> Index:
+    """The five arrays on the host, which nobody writes to, as JAX's."""
     return Index(*(jnp.asarray(a, jnp.int32) for a in index))
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _indices
-from jaxsparse._indices import Index, across, from_sorted, inverse, lines_of, on_device
+from jaxsparse._indices import across, from_sorted, inverse, lines_of, on_device
 from jaxsparse._sizes import INT32_MAX, check_sizes, grid_of, is_unstructured
 from jaxsparse.formats import BlockPattern
 
@@ -35,7 +35,7 @@ def from_scipy(m):
         else:
             col_ptr, row, order = across(m.indptr, col, grid[1])
             own = m.indptr.astype(np.int32), col.astype(np.int32)  # copies: JAX may share the memory
-            index = on_device(Index(col_ptr, row, *own, inverse(order)))
+            index = on_device(col_ptr, row, *own, inverse(order))
             data = m.data[order]
         pattern = BlockPattern.of_index(index, shape, block)
         return pattern, jnp.asarray(data.reshape(pattern.values_shape))

@@ -243,7 +243,7 @@ def build(node: dict[str, Any], arrays: Arrays, make: Callable[[np.ndarray], Any
         return _pattern(arrays[col_ptr], arrays[row_index], node)
     if "fields" in node:
         fields = {name: build(child, arrays, lambda a: a) for name, child in node["fields"].items()}
-        return BlockPattern.of_index(Index(**fields), **_sizes(node))
+        return BlockPattern.of_index(_indices.Index(**fields), **_sizes(node))
     return make(_unstored(arrays[node["array"]], node.get("dtype")))
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxsparse._indices import Index, across, on_device
+from jaxsparse._indices import across, on_device
 from jaxsparse.formats import BlockPattern
 
 
@@ -74,8 +74,8 @@ def _from_bitmask(compressed, bitmask, shape, row_offsets=None) -> SparseMatrix:
         raise ValueError("row_offsets are not where the rows of the bitmask begin.")
     rows = (np.flatnonzero(bits.ravel()) % bits.shape[1]).astype(np.int32)
     out_ptr = out_ptr.astype(np.int32)
-    index = Index(out_ptr, rows, *across(out_ptr, rows, size_in))
-    pattern = BlockPattern.of_index(on_device(index), (size_in, out), (1, 1))
+    index = on_device(out_ptr, rows, *across(out_ptr, rows, size_in))
+    pattern = BlockPattern.of_index(index, (size_in, out), (1, 1))
     return SparseMatrix(pattern, compressed.reshape(-1))
 
 

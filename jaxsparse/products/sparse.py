@@ -114,7 +114,7 @@ def _sample(x, dy, index, transposed: bool, how: dict[str, Any]):
 
 
 def _sddmm_shapes(x, dy, col_ptr, row_index, *_, block, **how):
-    return [values_shape(*row_index.shape, block)]
+    return [values_shape(row_index.shape[0], block)]
 
 
 def _sddmm_kernel(platform, *, block, backend, **options):
