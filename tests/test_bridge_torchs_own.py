@@ -1,6 +1,9 @@
 """Block-diagonal layers of sizes at which torch is faster by its own operators, without a node of ours."""
 
 import pytest
+
+pytest.importorskip("torch", reason="torch_bridge needs torch")
+
 import torch
 
 from torch_bridge import _matrix, _memory, products

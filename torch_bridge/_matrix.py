@@ -87,7 +87,7 @@ class Sparse:
         return Sparse(tuple(index), self.sizes, self.transposed)
 
     def multiply(self, x: Tensor, w: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
-        y, index = like(x, self.sizes[0 if self.transposed else 1]), self._plain_index()
+        y, index = in_large_pages(like(x, self.sizes[0 if self.transposed else 1])), self._plain_index()
         lines = index[2:] if self.transposed else (index[0], index[1], None)
         bias = bias if bias is None else plain(bias)
         _kernels().spmm(plain(x), plain(w), lines, bias, y, self.sizes, self.transposed, activation)
@@ -157,7 +157,7 @@ class Diagonal:
         if self._is_dense("multiply", x):
             y = self._batched(x, w.mT if self.transposed else w, bias)
             return ACTIVATIONS[activation](y) if activation else y
-        y = like(x, self.sizes[0] * self.sizes[1 if self.transposed else 2])
+        y = in_large_pages(like(x, self.sizes[0] * self.sizes[1 if self.transposed else 2]))
         bias = bias if bias is None else plain(bias)
         _kernels().block_diag_matmul(plain(x), plain(w), bias, y, self.transposed, activation)
         return y
@@ -206,7 +206,7 @@ class Diagonal:
 
     def _batched(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         """The same by one batched product of torch's, on float32 or float64."""
-        y = like(x, self.sizes[0] * w.shape[2])
+        y = in_large_pages(like(x, self.sizes[0] * w.shape[2]))
         # Small results are cheaper to copy into place than to write there.
         out = self._by_block(y) if self.sizes[0] == 1 or min(self.sizes[1:]) >= _IN_PLACE else None
         if bias is None:
@@ -244,8 +244,8 @@ def plain(t: Tensor) -> Tensor:
 
 
 def like(x: Tensor, features: int) -> Tensor:
-    """An empty tensor of the rows of x."""
-    return in_large_pages(x.new_empty(*x.shape[:-1], features))  # twice as fast as with a tuple
+    """An empty tensor of the rows of x, which may have shapes alone."""
+    return x.new_empty(*x.shape[:-1], features)  # twice as fast as with a tuple
 
 
 def sum_of_rows(dy: Tensor) -> Tensor:
@@ -258,4 +258,5 @@ def _results(dy: Tensor, w: Tensor, features: int, wanted: Sequence[bool]) -> tu
     for_x, for_w, for_bias = wanted
     db = dy.new_empty(dy.shape[-1]) if for_bias else None
     dw = in_large_pages(torch.empty_like(w)) if for_w else None
-    return like(dy, features) if for_x else None, dw, db
+    dx = in_large_pages(like(dy, features)) if for_x else None
+    return dx, dw, db
