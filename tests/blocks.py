@@ -25,7 +25,7 @@ def run(page: str, code: list[str], namespace: dict) -> str:
         for block in code:
             exec(compile(block, page, "exec"), namespace)
     lines = output.getvalue().splitlines()
-    for promised in re.findall(r"^ *print\(.*\)\s+# (.*)", "".join(code), re.MULTILINE):
+    for promised in re.findall(r"^ *print\(.*\)[ \t]+# (.*)", "".join(code), re.MULTILINE):
         assert promised in lines, f"{page} promises {promised!r}"
     return output.getvalue()
 

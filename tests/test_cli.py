@@ -21,6 +21,12 @@ from jaxsparse.bench import grid, running
 LIBRARY = pytest.mark.skipif(cpu_kernels.library_file() is None, reason="the CPU kernels were not built")
 
 
+@pytest.fixture(autouse=True)
+def _piped(monkeypatch):
+    """Tables are as wide as where nothing says how wide: who runs the tests may say so (xdist does)."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 def run(*arguments: str) -> int:
     return cli.main(arguments)
 

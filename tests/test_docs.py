@@ -89,8 +89,10 @@ def test_the_code_of_command_line_runs_and_its_commands_exist(tmp_path, monkeypa
     from jaxsparse import cli
 
     monkeypatch.chdir(tmp_path)
-    assert [row.kind for row in run("docs/command_line.md")["summed"]] == ["SparseLinear", "Linear"]
-    assert "SparseLinear" in capsys.readouterr().out and (tmp_path / "pattern.png").exists()
+    names: dict = {}
+    printed = blocks.run("docs/command_line.md", blocks.blocks("docs/command_line.md"), names)
+    assert [row.kind for row in names["summed"]] == ["SparseLinear", "Linear"]
+    assert "SparseLinear" in printed and (tmp_path / "pattern.png").exists()
     text = (ROOT / "docs" / "command_line.md").read_text()
     assert set(re.findall(r"^## (\w+)$", text, re.MULTILINE)) == set(cli.COMMANDS)
     for line in re.findall(r"^jaxsparse (.*)", text, re.MULTILINE):
