@@ -91,14 +91,21 @@ bool has_fast_gather();
 // The kernels of the instruction set in use.
 const KernelTable& kernels();
 
-// One compilation of the kernels per instruction set fills one of these.
+// Every kernel by its name, and by what it is told.
+#define JAXSPARSE_KERNELS(KERNEL) \
+  KERNEL(spmm, Product)           \
+  KERNEL(sddmm, Outer)            \
+  KERNEL(spmm_grads, Gradients)   \
+  KERNEL(n_m_spmm, NM)            \
+  KERNEL(n_m_sddmm, NM)
+
+// One compilation of the kernels per instruction set fills one of these. A kernel is false where it gets no memory, and
+// for an index out of range.
 struct KernelTable {
   const char* name;
-  bool (*spmm)(const Product&, const Pool&);  // false: an index out of range, or no memory
-  bool (*sddmm)(const Outer&, const Pool&);
-  bool (*spmm_grads)(const Gradients&, const Pool&);
-  bool (*n_m_spmm)(const NM&, const Pool&);  // false: no memory
-  bool (*n_m_sddmm)(const NM&, const Pool&);
+#define FIELD(kernel, Arguments) bool (*kernel)(const Arguments&, const Pool&);
+  JAXSPARSE_KERNELS(FIELD)
+#undef FIELD
 };
 
 }  // namespace jaxsparse_cpu

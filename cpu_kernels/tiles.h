@@ -197,5 +197,15 @@ struct Batch {
   }
 };
 
+// One part of the lines against one tile, into sums [(last - first) * width][T].
+template <class S>
+struct Part {
+  const Product& p;
+  int64_t first, last;
+  const Sum<S>* tile;
+  Sum<S>* sums;
+  int32_t* cursors;  // [last - first]
+};
+
 }  // namespace
 }  // namespace jaxsparse_cpu

@@ -76,16 +76,6 @@ void add_lines(const Lines& lines, int64_t first, int64_t last, const Sum<S>* ti
   }
 }
 
-// One part of the lines against one tile, into sums [(last - first) * width][T].
-template <class S>
-struct Part {
-  const Product& p;
-  int64_t first, last;
-  const Sum<S>* tile;
-  Sum<S>* sums;
-  int32_t* cursors;  // [last - first]
-};
-
 template <int L, int NV, class S>
 void add_part(const Part<S>& part) {
   const Lines& lines = part.p.lines;

@@ -88,7 +88,7 @@ void pass_line(const Lines& lines, int64_t n, int64_t k, int64_t end, const Pass
     } else {
       A lanes[L];
       store<L>(lanes, dots);
-      for (int64_t i = 0; i < count; ++i) narrow(p.dvalues + order[k + i], lanes[i]);
+      for (int64_t i = 0; i < count; ++i) round_to(p.dvalues + order[k + i], lanes[i]);
     }
   }
   if (kBoth)
@@ -111,7 +111,7 @@ int64_t seek(const int32_t* index, int64_t k, int64_t end, int64_t limit) {
 // The operand whose features are the lines (own), the one that is gathered (other), results.
 template <class S>
 struct Grads {
-  const Lines& lines;
+  Lines lines;
   int64_t m, own_width, other_width;
   const S *own, *other, *values;
   S *dvalues, *dx;
@@ -154,7 +154,7 @@ void pass_chunk(const Grads<S>& g, const Batch<Sum<S>, kGradVectors>& batch, con
     });
   }
   if (batch.count == 0)
-    for (int64_t k = g.lines.ptr[first]; k < g.lines.ptr[last]; ++k) narrow(g.dvalues + k, A(0));
+    for (int64_t k = g.lines.ptr[first]; k < g.lines.ptr[last]; ++k) round_to(g.dvalues + k, A(0));
 }
 
 template <class S, bool kBoth>
@@ -194,7 +194,11 @@ bool unstructured_outer(const Grads<S>& g, const Pool& pool) {
   };
   const auto multiply = [&](int64_t part, int worker) {
     if (wrong.up()) return;
-    const Pass<S> pass{nullptr, nullptr, g.values, dots + entries, dots, nullptr, g.dvalues, 0, 0};
+    Pass<S> pass{};
+    pass.values = g.values;
+    pass.gathered = dots + entries;
+    pass.dots = dots;
+    pass.dvalues = g.dvalues;
     pass_chunk<S, kBoth>(g, batch, round, line_of_part(lines, part, parts),
                          line_of_part(lines, part + 1, parts), pass, own_tiles, other_tiles,
                          reinterpret_cast<A*>(sums.data() + own_scratch * worker));

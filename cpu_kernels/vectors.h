@@ -88,14 +88,14 @@ ALWAYS_INLINE float widen(f16 v) {
 #endif
 }
 
-ALWAYS_INLINE void narrow(float* p, float v) { *p = v; }
-ALWAYS_INLINE void narrow(double* p, double v) { *p = v; }
-ALWAYS_INLINE void narrow(bf16* p, float v) {
+ALWAYS_INLINE void round_to(float* p, float v) { *p = v; }
+ALWAYS_INLINE void round_to(double* p, double v) { *p = v; }
+ALWAYS_INLINE void round_to(bf16* p, float v) {
   const uint32_t u = bit_cast<uint32_t>(v);
   const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
   p->bits = static_cast<uint16_t>((nan ? u | 0x400000u : u + 0x7fffu + (u >> 16 & 1u)) >> 16);
 }
-ALWAYS_INLINE void narrow(f16* p, float v) {
+ALWAYS_INLINE void round_to(f16* p, float v) {
 #if defined(__F16C__)
   p->bits = static_cast<uint16_t>(_cvtss_sh(v, 0));
 #elif defined(__ARM_FP16_FORMAT_IEEE)
@@ -189,7 +189,7 @@ ALWAYS_INLINE void store(f16* p, Vector<float, L> v) {
     return;
   }
 #endif
-  for (int i = 0; i < L; ++i) narrow(p + i, v[i]);
+  for (int i = 0; i < L; ++i) round_to(p + i, v[i]);
 }
 
 // Keeps v in a register: compilers fold a load into each of its uses, and loads are the limit.

@@ -31,7 +31,7 @@ def explain(
       jaxsparse explain --in 2048 --out 2048 --batch 64 --density 0.1 --measure --json | jq .advice
     """
     from jaxsparse.cli._output import show, show_json
-    from jaxsparse.costs import machine
+    from jaxsparse.costs import layers, machine
     from jaxsparse.costs.explaining import explain as look
 
     short = {
@@ -42,6 +42,8 @@ def explain(
         "fp32": "float32",
         "f64": "float64",
     }
+    dtype, blocks = short.get(dtype, dtype), _block(block)
+    layers.check(in_features, out_features, batch, density, dtype)
     if not machine.is_known(torch):
         print("Measuring this machine's rates, once: some ten seconds.", file=sys.stderr)
     found = look(
@@ -49,8 +51,8 @@ def explain(
         out_features,
         batch,
         density,
-        block=_block(block),
-        dtype=short.get(dtype, dtype),
+        block=blocks,
+        dtype=dtype,
         train=train,
         torch=torch,
         measured=measure,

@@ -4,8 +4,8 @@
 #include "blocks.h"
 #include "blocks_outer.h"
 #include "n_m.h"
-#include "narrow.h"
 #include "one_row.h"
+#include "tiled.h"
 #include "unstructured_grads.h"
 
 #define STRING_(x) #x
@@ -32,7 +32,7 @@ bool run_spmm(const Product& p, const Pool& pool) {
     using S = decltype(zero);
     if (p.depth == 1 && p.width == 1)
       return p.m == 1 ? one_row_spmm<S>(p, pool) : tiled_spmm<S, 4, false>(p, pool);
-    return is_narrow<S>(p) ? tiled_spmm<S, 2, true>(p, pool) : block_spmm<S>(p, pool);
+    return is_short<S>(p) ? tiled_spmm<S, 2, true>(p, pool) : block_spmm<S>(p, pool);
   });
 }
 
@@ -40,20 +40,32 @@ bool run_sddmm(const Outer& p, const Pool& pool) {
   return with_dtype(p.dtype, [&](auto zero) {
     using S = decltype(zero);
     if (p.depth != 1 || p.width != 1) return block_sddmm<S>(p, pool);
-    return unstructured_outer<S, false>(
-        {p.lines, p.m, p.out, p.in, static_cast<const S*>(p.dy), static_cast<const S*>(p.x),
-         nullptr, static_cast<S*>(p.values), nullptr},
-        pool);
+    Grads<S> g{};
+    g.lines = p.lines;
+    g.m = p.m;
+    g.own_width = p.out;
+    g.other_width = p.in;
+    g.own = static_cast<const S*>(p.dy);
+    g.other = static_cast<const S*>(p.x);
+    g.dvalues = static_cast<S*>(p.values);
+    return unstructured_outer<S, false>(g, pool);
   });
 }
 
-bool run_grads(const Gradients& p, const Pool& pool) {
+bool run_spmm_grads(const Gradients& p, const Pool& pool) {
   return with_dtype(p.dtype, [&](auto zero) {
     using S = decltype(zero);
-    return unstructured_outer<S, true>(
-        {p.lines, p.m, p.in, p.out, static_cast<const S*>(p.x), static_cast<const S*>(p.dy),
-         static_cast<const S*>(p.values), static_cast<S*>(p.dvalues), static_cast<S*>(p.dx)},
-        pool);
+    Grads<S> g{};
+    g.lines = p.lines;
+    g.m = p.m;
+    g.own_width = p.in;
+    g.other_width = p.out;
+    g.own = static_cast<const S*>(p.x);
+    g.other = static_cast<const S*>(p.dy);
+    g.values = static_cast<const S*>(p.values);
+    g.dvalues = static_cast<S*>(p.dvalues);
+    g.dx = static_cast<S*>(p.dx);
+    return unstructured_outer<S, true>(g, pool);
   });
 }
 
@@ -72,7 +84,11 @@ bool run_n_m_sddmm(const NM& p, const Pool& pool) {
 }  // namespace
 
 extern const KernelTable JOIN(kernels_, JAXSPARSE_ISA);
-const KernelTable JOIN(kernels_, JAXSPARSE_ISA) = {STRING(JAXSPARSE_ISA), run_spmm, run_sddmm,
-                                                   run_grads, run_n_m_spmm, run_n_m_sddmm};
+const KernelTable JOIN(kernels_, JAXSPARSE_ISA) = {
+    STRING(JAXSPARSE_ISA),
+#define ENTRY(kernel, Arguments) run_##kernel,
+    JAXSPARSE_KERNELS(ENTRY)
+#undef ENTRY
+};
 
 }  // namespace jaxsparse_cpu
