@@ -6,5 +6,5 @@ import types
 
 if importlib.util.find_spec("jaxtyping") is None:
     names = types.ModuleType("jaxtyping")
-    names.__dict__.update(Array=None, Bool=None, Float=None, Int=None)
+    names.__dict__["__getattr__"] = lambda name: None  # any name of it
     sys.modules["jaxtyping"] = names
