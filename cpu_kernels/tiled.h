@@ -7,8 +7,6 @@
 namespace jaxsparse_cpu {
 namespace {
 
-constexpr int64_t kColumnsPerTask = 256;
-
 // A product over batch-minor tiles of at most kMost vectors; kBlocks: of blocks, not of single entries.
 template <class S, int kMost, bool kBlocks>
 bool tiled_spmm(const Product& p, const Pool& pool) {

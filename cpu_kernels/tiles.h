@@ -197,6 +197,9 @@ struct Batch {
   }
 };
 
+// Columns of y that one task of a product with single entries or short blocks computes.
+constexpr int64_t kColumnsPerTask = 256;
+
 // One part of the lines against one tile, into sums [(last - first) * width][T].
 template <class S>
 struct Part {

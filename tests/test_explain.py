@@ -4,21 +4,12 @@ import dataclasses
 import json
 
 import pytest
+from profiles import PROFILE
 
 import jaxsparse
 from jaxsparse.costs import advising, explaining, layers, machine, measuring, model
-from jaxsparse.costs.machine import Profile
 from jaxsparse.costs.racing import Race
 
-PROFILE = Profile(
-    "jax",
-    "a processor",
-    2,
-    {"float32": 2e11, "bfloat16": 1e11, "float16": 1e11, "float64": 1e11},
-    {"blocks": 1e11, "entries": 5e10},
-    {2**20: 5e10, 2**26: 2e10},
-    {"forward": 4e-5, "gradients": 8e-5, "step": 1e-4},
-)
 SIZES = (1, 2, 7, 1000, 100_000)
 DENSITIES = (0, 1e-12, 0.003, 0.1, 0.5, 1)
 
