@@ -133,6 +133,23 @@ def linear_in_each(product: Product) -> Callable[..., Any]:
     return rule
 
 
+def sample_transposed(multiply: Callable[..., Any]) -> Callable[..., Any]:
+    """The transposition of x^T dy where W is stored, linear in each.
+
+    With the cotangent G as the values of such a matrix, x gets dy G^T and dy gets x G, by `multiply`.
+    """
+
+    def rule(g, x, dy, *index, **how):
+        count = 2 + len(index)
+        if is_zero(g):
+            return returned(count)
+        if is_unknown(x):
+            return returned(count, {0: multiply(dy, g, *index, activation=None, transposed=True, **how)})
+        return returned(count, {1: multiply(x, g, *index, activation=None, transposed=False, **how)})
+
+    return rule
+
+
 def returned(count: int, cotangents: Mapping[int, Any] | None = None) -> list[Any]:
     """What a transposition returns: cotangents by the number of the operand, None for all others."""
     return [(cotangents or {}).get(k) for k in range(count)]

@@ -22,6 +22,7 @@ from jaxsparse.products._rules import (
     multiply_adds,
     returned,
     rows,
+    sample_transposed,
     workload,
 )
 from jaxsparse.products._shards import Shards
@@ -105,13 +106,8 @@ def _outer_kernel(platform, *, num_blocks, block, backend, precision):
     return run
 
 
-# Linear in each: with the cotangent G as a block-diagonal matrix, x gets dy G^T and dy gets x G.
-def _outer_transpose(g, x, dy, *, num_blocks, block, **how):
-    if is_zero(g):
-        return returned(2)
-    if is_unknown(x):
-        return returned(2, {0: _matmul(dy, g, activation=None, transposed=True, **how)})
-    return returned(2, {1: _matmul(x, g, activation=None, transposed=False, **how)})
+def _matmul_of_sample(x, w, *, num_blocks, block, **how):
+    return _matmul(x, w, **how)  # which reads the sizes from w
 
 
 def _outer_batched(operands, dims, *, num_blocks, **how):
@@ -129,7 +125,7 @@ _outer = Product(
     flops=lambda operands, results: multiply_adds(operands[0], results[0]),
 )
 ad.primitive_jvps[_outer] = linear_in_each(_outer)
-ad.primitive_transposes[_outer] = _outer_transpose
+ad.primitive_transposes[_outer] = sample_transposed(_matmul_of_sample)
 batching.primitive_batchers[_outer] = _outer_batched
 
 

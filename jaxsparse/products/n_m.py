@@ -26,6 +26,7 @@ from jaxsparse.products._rules import (
     multiply_adds,
     returned,
     rows,
+    sample_transposed,
     workload,
 )
 from jaxsparse.products._shards import Shards
@@ -105,15 +106,6 @@ def _sddmm_kernel(platform, *, n, m, backend, **options):
     return run
 
 
-# Linear in each: with the cotangent G as a matrix stored so, x gets dy G^T and dy gets x G.
-def _sddmm_transpose(g, x, dy, bits, **how):
-    if is_zero(g):
-        return returned(3)
-    if is_unknown(x):
-        return returned(3, {0: _spmm(dy, g, bits, activation=None, transposed=True, **how)})
-    return returned(3, {1: _spmm(x, g, bits, activation=None, transposed=False, **how)})
-
-
 _sddmm = Product(
     "n_m_sddmm",
     shapes=_sddmm_shapes,
@@ -122,5 +114,5 @@ _sddmm = Product(
     flops=lambda operands, results: multiply_adds(operands[0], results[0]),
 )
 ad.primitive_jvps[_sddmm] = linear_in_each(_sddmm)
-ad.primitive_transposes[_sddmm] = _sddmm_transpose
+ad.primitive_transposes[_sddmm] = sample_transposed(_spmm)
 batching.primitive_batchers[_sddmm] = lambda a, dims, **how: loop(functools.partial(_sddmm, **how), a, dims)

@@ -33,6 +33,7 @@ from jaxsparse.products._rules import (
     multiply_adds,
     returned,
     rows,
+    sample_transposed,
     workload,
 )
 from jaxsparse.products._shards import Shards
@@ -125,15 +126,6 @@ def _sddmm_kernel(platform, *, block, backend, **options):
     return run
 
 
-# Linear in each: with the cotangent G as a sparse matrix, x gets dy G^T and dy gets x G.
-def _sddmm_transpose(g, x, dy, *index, **how):
-    if is_zero(g):
-        return returned(2 + _N)
-    if is_unknown(x):
-        return returned(2 + _N, {0: _spmm(dy, g, *index, activation=None, transposed=True, **how)})
-    return returned(2 + _N, {1: _spmm(x, g, *index, activation=None, transposed=False, **how)})
-
-
 _sddmm = Product(
     "sddmm",
     shapes=_sddmm_shapes,
@@ -142,7 +134,7 @@ _sddmm = Product(
     flops=lambda operands, results: multiply_adds(operands[0], results[0]),
 )
 ad.primitive_jvps[_sddmm] = linear_in_each(_sddmm)
-ad.primitive_transposes[_sddmm] = _sddmm_transpose
+ad.primitive_transposes[_sddmm] = sample_transposed(_spmm)
 batching.primitive_batchers[_sddmm] = lambda a, dims, **how: loop(functools.partial(_sddmm, **how), a, dims)
 
 
