@@ -18,15 +18,30 @@ bool tiled_spmm(const Product& p, const Pool& pool) {
   const double each = kBlocks ? double(batch.padded * p.depth * p.width) : 24. + 2. * batch.padded;
   const int workers = workers_for(pool, each * double(lines.entries));
   const int64_t slabs = workers == 1 ? 1 : ceil_div(p.in, 64);
-  const int64_t parts = workers == 1 ? 1 : ceil_div(lines.lines * p.width, kColumnsPerTask);
-  const int64_t own = ceil_div(kMost * kVectorBytes * p.width + 4, 64) * 64 * lines.lines;
+  const int64_t parts = most<int64_t>(1, ceil_div(lines.lines * p.width, kColumnsPerTask));
+  const int64_t own = kMost * kVectorBytes * p.width * lines.lines;
   const int64_t step = batch.per_round(sizeof(A) * p.in), rows = batch.row(least(step, batch.count));
+  const int64_t feature_bytes = sizeof(A) * most<int64_t>(1, batch.lanes(0));
+  const Slices slices = slices_of(lines, p.in, feature_bytes, batch.count == 1 ? kOnlySliceBytes : kSliceBytes, kEntriesPerSlice);
   Scratch packed(sizeof(A) * rows * p.in), sums(own * workers);
-  if (!packed.data() || !sums.data()) return false;
+  // With one tile, lines are prepared where they are used, so that memory sends them once, and values of another
+  // order are read where they lie. Several tiles get them put in order.
+  const bool late = batch.count == 1, copied = !kBlocks && lines.order && !late;
+  Scratch cuts(kBlocks ? 1 : sizeof(int32_t) * slices.starts(lines)), in_order(copied ? sizeof(S) * lines.entries : 1);
+  if (!packed.data() || !sums.data() || !cuts.data() || !in_order.data()) return false;
   A* tiles = reinterpret_cast<A*>(packed.data());
+  int32_t* starts = reinterpret_cast<int32_t*>(cuts.data());
+  S* ordered = reinterpret_cast<S*>(in_order.data());
+  const S *stored = static_cast<const S*>(p.values), *values = copied ? ordered : stored;
   Flag wrong;
-  // With one tile, indices are checked where they are used, so that memory sends them once.
-  const bool late = batch.count == 1;
+  // Whether the indices of these lines are in range; single entries are then cut into slices.
+  const auto prepare = [&](int64_t first, int64_t last) {
+    if (!in_range(lines, first, last)) return false;
+    if (!kBlocks) find_starts(lines, slices, first, last, starts);
+    if (copied)
+      for (int64_t k = lines.ptr[first]; k < lines.ptr[last]; ++k) ordered[k] = stored[lines.order[k]];
+    return true;
+  };
   Round round{0, 0, 0};
   const auto packed_at = [&](int64_t row) { return tiles + (row - round.begin) * p.in; };
   const auto pack = [&](int64_t task, int) {
@@ -36,23 +51,22 @@ bool tiled_spmm(const Product& p, const Pool& pool) {
                                  slab_begin(p.in, s + 1, slabs), packed_at(row));
     });
     if (!late && round.first == 0 && task < slabs &&
-        !in_range(lines, line_of_part(lines, s, slabs), line_of_part(lines, s + 1, slabs)))
+        !prepare(line_of_part(lines, s, slabs), line_of_part(lines, s + 1, slabs)))
       wrong.raise();
   };
   const auto multiply = [&](int64_t task, int worker) {
     if (wrong.up()) return;
     const int64_t first = line_of_part(lines, task % parts, parts);
     const int64_t last = line_of_part(lines, task % parts + 1, parts);
-    if (late && !in_range(lines, first, last)) return wrong.raise();
+    if (late && !prepare(first, last)) return wrong.raise();
     A* sum = reinterpret_cast<A*>(sums.data() + own * worker);
     batch.visit(round.first + task / parts, [&](auto tile, int64_t row) {
       constexpr int L = tile.L, NV = tile.NV, T = tile.T;
-      int32_t* cursors = reinterpret_cast<int32_t*>(sum + (last - first) * p.width * T);
-      const Part<S> part{p, first, last, packed_at(row), sum, cursors};
+      const Part<S> part{p, first, last, packed_at(row), sum};
       if constexpr (kBlocks)
         (p.transposed ? add_blocks<L, NV, S, true> : add_blocks<L, NV, S, false>)(part);
       else
-        add_part<L, NV, S>(part);
+        (lines.order && !copied ? add_part<L, NV, S, true> : add_part<L, NV, S, false>)(part, values, slices, starts);
       const int64_t end = least(last * p.width, p.out);
       for (int64_t c = first * p.width; c < end; c += L)
         unpack_tile<L, NV>(sum + (c - first * p.width) * T, row, p.m, p.out, c,

@@ -207,7 +207,6 @@ struct Part {
   int64_t first, last;
   const Sum<S>* tile;
   Sum<S>* sums;
-  int32_t* cursors;  // [last - first]
 };
 
 }  // namespace

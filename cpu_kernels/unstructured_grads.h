@@ -1,7 +1,7 @@
 // Gradients with 1 x 1 blocks: the sampled product, alone or with dx in the same pass.
 #pragma once
 
-#include "tiles.h"
+#include "slices.h"
 
 namespace jaxsparse_cpu {
 namespace {
@@ -14,16 +14,13 @@ constexpr int kGradVectors = 8;
 constexpr int kGradVectors = 4;
 #endif
 
-// Features of a tile that stay in the second-level cache while all lines read them; twice as
-// many where a line would meet too few entries in a slice to pay for coming back to it.
+// Features of a tile that stay in the second-level cache while all lines read them, and how many entries of a
+// line pay for coming back to it.
 constexpr int64_t kGradSliceBytes = 256 << 10;
-constexpr int64_t kEntriesPerVisit = 32;
+constexpr int64_t kEntriesPerVisit = 48;
 
-int64_t grad_slice(const Lines& lines, int64_t features, int64_t feature_bytes) {
-  const int64_t slice = most<int64_t>(1, kGradSliceBytes / feature_bytes);
-  const bool few = lines.entries * slice < kEntriesPerVisit * lines.lines * features;
-  return few ? 2 * slice : slice;
-}
+// Lines that one part takes at most: their operand, their sums and a slice share the second-level cache.
+constexpr int64_t kLinesPerPart = 512;
 
 // One tile against a chunk of lines. For entry k of line n:
 //   dots[k] += <own[n], other[index[k]]>    and, if kBoth,    sum[n] += values[k] * other[...]
@@ -54,6 +51,19 @@ ALWAYS_INLINE Vector<A, L> meet(const A* row, A value, const Vector<A, L> (&own)
   return NV > 1 ? dot[0] + dot[1] : dot[0];
 }
 
+// meet(i) for i in [first, first + N), each summed across its lanes as far as N: of all L, lane i is the sum of
+// meet(i). Adding two of them up at a time keeps few in registers.
+template <int N, int L, class Meet>
+ALWAYS_INLINE auto sums_of(const Meet& meet, int first) {
+  if constexpr (N == 1) {
+    return meet(first);
+  } else {
+    using Lanes = typename Count<L>::type;
+    const auto a = sums_of<N / 2, L>(meet, first), b = sums_of<N / 2, L>(meet, first + N / 2);
+    return interleave<L, N / 2, false>(a, b, Lanes{}) + interleave<L, N / 2, true>(a, b, Lanes{});
+  }
+}
+
 // Entries [k, end) of line n, L at a time, whose dots are summed across lanes together.
 template <int L, int NV, bool kBoth, class S>
 void pass_line(const Lines& lines, int64_t n, int64_t k, int64_t end, const Pass<S>& p,
@@ -71,15 +81,21 @@ void pass_line(const Lines& lines, int64_t n, int64_t k, int64_t end, const Pass
     const int64_t count = least<int64_t>(L, end - k);
     if (kBoth && p.first)
       for (int64_t i = k; i < k + count; ++i) p.gathered[i] = widen(p.values[order[i]]);
-    for (int64_t i = 0; i < count; ++i) {
+    const auto meet_at = [&](int i) __attribute__((always_inline)) {
       const A* row = p.other + int64_t{lines.index[k + i]} * T;
-      const A value = kBoth ? p.gathered[k + i] : A(0);
-      store<L>(p.partial + i * L, meet<L, NV, kBoth>(row, value, own, sum));
-    }
-    V r[L];
+      keep(row);
+      return meet<L, NV, kBoth>(row, kBoth ? p.gathered[k + i] : A(0), own, sum);
+    };
+    V dots;
+    if (count == L) {
+      dots = sums_of<L, L>(meet_at, 0);
+    } else {
+      for (int i = 0; i < count; ++i) store<L>(p.partial + i * L, meet_at(i));
+      V r[L];
 #pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) r[i] = load<L>(p.partial + i * L);
-    V dots = sums<L>(r);
+      for (int i = 0; i < L; ++i) r[i] = load<L>(p.partial + i * L);
+      dots = sums<L>(r);
+    }
     if (!p.first) dots += load_some<L>(p.dots + k, count);
     if (!p.last) {
       store_some<L>(p.dots + k, dots, count);
@@ -96,18 +112,6 @@ void pass_line(const Lines& lines, int64_t n, int64_t k, int64_t end, const Pass
     for (int v = 0; v < NV; ++v) store<L>(out + v * L, load<L>(out + v * L) + sum[v]);
 }
 
-// The first of [k, end) whose index is at least `limit`.
-int64_t seek(const int32_t* index, int64_t k, int64_t end, int64_t limit) {
-  while (k < end) {
-    const int64_t middle = (k + end) / 2;
-    if (index[middle] < limit)
-      k = middle + 1;
-    else
-      end = middle;
-  }
-  return k;
-}
-
 // The operand whose features are the lines (own), the one that is gathered (other), results.
 template <class S>
 struct Grads {
@@ -120,9 +124,10 @@ struct Grads {
 // Everything a chunk of lines needs, tile after tile: the sum over the batch has one order.
 template <class S, bool kBoth>
 void pass_chunk(const Grads<S>& g, const Batch<Sum<S>, kGradVectors>& batch, const Round& round,
-                int64_t first, int64_t last, Pass<S> pass, const Sum<S>* own, const Sum<S>* other,
-                Sum<S>* sum) {
+                const Slices& slices, const int32_t* starts, int64_t first, int64_t last, Pass<S> pass,
+                const Sum<S>* own, const Sum<S>* other, Sum<S>* sum) {
   using A = Sum<S>;
+  const int64_t each = ceil_div(g.lines.entries, g.lines.lines * slices.count);
   alignas(64) A partial[kLanes<A> * kLanes<A>] = {};
   pass.partial = partial;
   for (int64_t t = round.first; t < round.last; ++t) {
@@ -132,20 +137,20 @@ void pass_chunk(const Grads<S>& g, const Batch<Sum<S>, kGradVectors>& batch, con
       constexpr int L = tile.L, NV = tile.NV, T = tile.T;
       pass.own = own + (row - round.begin) * g.own_width;
       pass.other = other + (row - round.begin) * g.other_width;
-      int32_t* cursors = reinterpret_cast<int32_t*>(sum + (kBoth ? (last - first) * T : 0));
-      for (int64_t n = first; n < last; ++n) cursors[n - first] = g.lines.ptr[n];
       if (kBoth)
         for (int64_t i = 0; i < (last - first) * T; i += L) store<L>(sum + i, Vector<A, L>{});
-      const int64_t slice = grad_slice(g.lines, g.other_width, T * sizeof(A));
-      for (int64_t f = slice;; f += slice) {
+      const int32_t* begins = starts;
+      for (int64_t s = 0; s < slices.count; ++s, begins += g.lines.lines) {
+        const int32_t* ends = begins + g.lines.lines;
         for (int64_t n = first; n < last; ++n) {
-          int32_t& k = cursors[n - first];
-          const int64_t end = g.lines.ptr[n + 1];
-          const int64_t stop = f < g.other_width ? seek(g.lines.index, k, end, f) : end;
-          pass_line<L, NV, kBoth>(g.lines, n, k, stop, pass, sum + (n - first) * T);
-          k = static_cast<int32_t>(stop);
+          if (slices.count > 1 && n + 1 < last) {
+            fetch(g.lines.index, begins[n + 1], each);
+            if (!pass.first) fetch(pass.dots, begins[n + 1], each);
+            if (kBoth && !pass.first) fetch(pass.gathered, begins[n + 1], each);
+            if (kBoth && (pass.first || pass.last)) fetch(g.lines.order, begins[n + 1], each);
+          }
+          pass_line<L, NV, kBoth>(g.lines, n, begins[n], ends[n], pass, sum + (n - first) * T);
         }
-        if (f >= g.other_width) break;
       }
       if (kBoth)
         for (int64_t n = first; n < last; n += L)
@@ -163,14 +168,16 @@ bool unstructured_outer(const Grads<S>& g, const Pool& pool) {
   const Lines& lines = g.lines;
   const Batch<A, kGradVectors> batch(g.m);
   const int workers = workers_for(pool, (kBoth ? 2. : 1.) * double(g.m) * double(lines.entries));
-  const int64_t slabs = workers == 1 ? 1 : 16, parts = workers == 1 ? 1 : workers * 2;
+  const int64_t slabs = workers == 1 ? 1 : 16, parts = most<int64_t>(workers == 1 ? 1 : 2 * workers, ceil_div(lines.lines, kLinesPerPart));
   const int64_t entries = ceil_div(lines.entries, 16) * 16, pair = g.own_width + g.other_width;
-  const int64_t own_scratch =
-      ceil_div(lines.lines * (4 + (kBoth ? kGradVectors * kVectorBytes : 0)), 64) * 64;
+  const int64_t own_scratch = kBoth ? lines.lines * kGradVectors * kVectorBytes : 0;
   const int64_t step = batch.per_round(sizeof(A) * pair), rows = batch.row(least(step, batch.count));
-  Scratch packed(sizeof(A) * rows * pair), sums(own_scratch * workers);
-  Scratch ordered(sizeof(A) * entries * (kBoth ? 2 : 1));
-  if (!packed.data() || !sums.data() || !ordered.data()) return false;
+  const Slices slices = slices_of(lines, g.other_width, sizeof(A) * most<int64_t>(1, batch.lanes(0)),
+                                  kGradSliceBytes, kEntriesPerVisit);
+  Scratch packed(sizeof(A) * rows * pair), sums(own_scratch * workers + 1);
+  Scratch ordered(sizeof(A) * entries * (kBoth ? 2 : 1)), cuts(sizeof(int32_t) * slices.starts(lines));
+  if (!packed.data() || !sums.data() || !ordered.data() || !cuts.data()) return false;
+  int32_t* starts = reinterpret_cast<int32_t*>(cuts.data());
   A* own_tiles = reinterpret_cast<A*>(packed.data());
   A* other_tiles = own_tiles + rows * g.own_width;
   A* dots = reinterpret_cast<A*>(ordered.data());
@@ -179,8 +186,9 @@ bool unstructured_outer(const Grads<S>& g, const Pool& pool) {
   const auto pack = [&](int64_t task, int) {
     const int64_t s = task % slabs;
     if (task / slabs == round.last - round.first) {
-      if (!in_range(lines, line_of_part(lines, s, slabs), line_of_part(lines, s + 1, slabs)))
-        wrong.raise();
+      const int64_t first = line_of_part(lines, s, slabs), last = line_of_part(lines, s + 1, slabs);
+      if (!in_range(lines, first, last)) return wrong.raise();
+      find_starts(lines, slices, first, last, starts);
       return;
     }
     batch.visit(round.first + task / slabs, [&](auto tile, int64_t row) {
@@ -199,7 +207,7 @@ bool unstructured_outer(const Grads<S>& g, const Pool& pool) {
     pass.gathered = dots + entries;
     pass.dots = dots;
     pass.dvalues = g.dvalues;
-    pass_chunk<S, kBoth>(g, batch, round, line_of_part(lines, part, parts),
+    pass_chunk<S, kBoth>(g, batch, round, slices, starts, line_of_part(lines, part, parts),
                          line_of_part(lines, part + 1, parts), pass, own_tiles, other_tiles,
                          reinterpret_cast<A*>(sums.data() + own_scratch * worker));
   };

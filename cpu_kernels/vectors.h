@@ -206,6 +206,12 @@ ALWAYS_INLINE void keep(V& v) {
 #endif
 }
 
+// Keeps an address in one register: with an index in another, a load within a multiply-add is split in two.
+template <class T>
+ALWAYS_INLINE void keep(const T*& p) {
+  __asm__("" : "+r"(p));
+}
+
 // base[index[i]] in lane i; kByOne: by the instruction for it, where there is one for these types.
 template <int L, bool kByOne, class S>
 ALWAYS_INLINE Vector<Sum<S>, L> gather(const S* base, const int32_t* index) {
