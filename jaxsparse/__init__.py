@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jaxsparse.linen import BlockDiagDense, BlockSparseDense, SparseDense
     from jaxsparse.nnx import BlockDiagLinear, BlockSparseLinear, SparseLinear
     from jaxsparse.ops import block_diag_matmul, sddmm, spmm
-    from jaxsparse.roles import decay_mask
+    from jaxsparse.training.roles import decay_mask
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,7 +43,7 @@ __all__ = [
 _HOMES = {
     "BlockPattern": "jaxsparse.formats",
     "NMPattern": "jaxsparse.formats.n_m",
-    "decay_mask": "jaxsparse.roles",
+    "decay_mask": "jaxsparse.training.roles",
     "devices": "jaxsparse._devices",
     "explain": "jaxsparse.costs.explaining",
     "measure": "jaxsparse.costs.measuring",

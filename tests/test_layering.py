@@ -23,6 +23,7 @@ KNOW_TORCH = {
 }
 OPS = FORMATS | {"jaxsparse.ops"}
 PRODUCTS = {"jaxsparse._backends", *(f"jaxsparse.products.{name}" for name in ("_epilogue", "_rules", "_shards"))}
+TRAINING = {"jaxsparse.training", *(f"jaxsparse.training.{name}" for name in ("_carry", "_places", "_replicas"))}
 COSTS = {
     "jaxsparse.costs",
     *(f"jaxsparse.costs.{name}" for name in ("advising", "explaining", "layers", "machine", "measuring", "model")),
@@ -42,7 +43,7 @@ TABLE = {
         "jaxsparse.ops",
         "jaxsparse.linen",
         "jaxsparse.nnx",
-        "jaxsparse.roles",
+        "jaxsparse.training.roles",
         "jaxsparse.costs.explaining",
         "jaxsparse.costs.measuring",
     },
@@ -88,7 +89,6 @@ TABLE = {
     "jaxsparse/_flax.py": NUMERIC | FORMATS | {"flax", "jaxsparse._arguments", "jaxsparse._states"},
     "jaxsparse/linen.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},
     "jaxsparse/nnx.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},
-    "jaxsparse/roles.py": {"jax", "jaxsparse.formats"},
     "jaxsparse/_rules.py": {"jaxsparse._sizes", "jaxsparse.costs.racing"},
     "jaxsparse/costs/__init__.py": set(),
     "jaxsparse/costs/racing.py": set(),
@@ -116,14 +116,16 @@ TABLE = {
     }
     | {"jaxsparse.costs.racing"}
     | {"jaxsparse.linen", "jaxsparse.nnx"},
-    "jaxsparse/_select.py": NUMERIC,
-    "jaxsparse/_places.py": NUMERIC | FORMATS | {"jaxsparse._select"},
-    "jaxsparse/_replicas.py": {"jax"},
-    "jaxsparse/_carry.py": NUMERIC | {"jaxsparse._replicas"},
-    "jaxsparse/pruning.py": NUMERIC | {"jaxsparse._sizes"} | {"optax", "jaxsparse._select"},
-    "jaxsparse/dynamic.py": NUMERIC
-    | FORMATS
-    | {"jaxsparse._carry", "jaxsparse._places", "jaxsparse._replicas", "jaxsparse._select"},
+    "jaxsparse/pruning.py": {"jaxsparse.training.pruning"},
+    "jaxsparse/dynamic.py": {"jaxsparse.training.dynamic"},
+    "jaxsparse/training/__init__.py": set(),
+    "jaxsparse/training/_select.py": NUMERIC,
+    "jaxsparse/training/_places.py": NUMERIC | FORMATS | TRAINING,
+    "jaxsparse/training/_replicas.py": {"jax"},
+    "jaxsparse/training/_carry.py": NUMERIC | TRAINING,
+    "jaxsparse/training/pruning.py": NUMERIC | {"jaxsparse._sizes", "optax"} | TRAINING,
+    "jaxsparse/training/dynamic.py": NUMERIC | FORMATS | TRAINING,
+    "jaxsparse/training/roles.py": {"jax", "jaxsparse.formats"},
     "jaxsparse/convert.py": {"numpy", "jaxtyping", "jaxsparse.formats"},
     "jaxsparse/_states.py": NUMERIC | FORMATS,
     "jaxsparse/_trees.py": NUMERIC | FORMATS,

@@ -73,7 +73,7 @@ MUTANTS = [
     ),
     Mutant(
         "replicas: what is chosen by scores is chosen from a share of them",
-        "jaxsparse/_replicas.py",
+        "jaxsparse/training/_replicas.py",
         "return _whole_p.bind(jax.lax.stop_gradient(array)) if jnp.ndim(array) else array",
         "return array",
         "tests/test_mesh.py::test_moving_patterns_choose_the_same_on_every_device",
@@ -130,14 +130,14 @@ MUTANTS = [
     ),
     Mutant(
         "moving patterns: a place that is stored already may be drawn",
-        "jaxsparse/_places.py",
+        "jaxsparse/training/_places.py",
         'jnp.searchsorted(free_before, number, side="right")',
         'jnp.searchsorted(free_before, number, side="left")',
         "tests/test_dynamic.py::test_set_drops_the_smallest_and_grows_everywhere_alike",
     ),
     Mutant(
         "weight decay: single entries are exempt",
-        "jaxsparse/roles.py",
+        "jaxsparse/training/roles.py",
         'return name == "kernel" or path in values',
         "return path in values",
         "tests/test_roles.py::test_kernels_of_linen_decay_whatever_their_rank",
