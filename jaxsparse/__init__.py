@@ -7,12 +7,12 @@ if TYPE_CHECKING:
     from jaxsparse._backends import why_not
     from jaxsparse._devices import devices
     from jaxsparse._picture import plot_pattern
-    from jaxsparse._summary import summary
     from jaxsparse.costs.explaining import explain
     from jaxsparse.costs.measuring import measure
     from jaxsparse.formats import BlockPattern
     from jaxsparse.formats.n_m import NMPattern
     from jaxsparse.linen import BlockDiagDense, BlockSparseDense, SparseDense
+    from jaxsparse.models.summary import summary
     from jaxsparse.nnx import BlockDiagLinear, BlockSparseLinear, SparseLinear
     from jaxsparse.ops import block_diag_matmul, sddmm, spmm
     from jaxsparse.training.roles import decay_mask
@@ -48,7 +48,7 @@ _HOMES = {
     "explain": "jaxsparse.costs.explaining",
     "measure": "jaxsparse.costs.measuring",
     "plot_pattern": "jaxsparse._picture",
-    "summary": "jaxsparse._summary",
+    "summary": "jaxsparse.models.summary",
     "why_not": "jaxsparse._backends",
     **dict.fromkeys(("block_diag_matmul", "sddmm", "spmm"), "jaxsparse.ops"),
     **dict.fromkeys(("BlockDiagDense", "BlockSparseDense", "SparseDense"), "jaxsparse.linen"),

@@ -18,12 +18,14 @@ TORCH_COMPETES = "jaxsparse/bench/in_torch.py"  # imported where torch is instal
 KNOW_TORCH = {
     "jaxsparse/files/_torch.py": {"torch"},
     "jaxsparse/_devices.py": {"torch"},
-    "jaxsparse/_summary.py": {"torch_bridge.summary"},
+    "jaxsparse/models/summary.py": {"torch_bridge.summary"},
     TORCH_COMPETES: {"torch", "torch.nn.functional", "torch_bridge.nn"},
 }
 OPS = FORMATS | {"jaxsparse.ops"}
 PRODUCTS = {"jaxsparse._backends", *(f"jaxsparse.products.{name}" for name in ("_epilogue", "_rules", "_shards"))}
 TRAINING = {"jaxsparse.training", *(f"jaxsparse.training.{name}" for name in ("_carry", "_places", "_replicas"))}
+LAYERS = {"flax", "jaxsparse.formats", "jaxsparse.linen", "jaxsparse.nnx"}
+MODELS = {"jaxsparse.models", *(f"jaxsparse.models.{name}" for name in ("_densify", "rules", "summary"))}
 COSTS = {
     "jaxsparse.costs",
     *(f"jaxsparse.costs.{name}" for name in ("advising", "explaining", "layers", "machine", "measuring", "model")),
@@ -37,7 +39,7 @@ TABLE = {
         "jaxsparse._backends",
         "jaxsparse._devices",
         "jaxsparse._picture",
-        "jaxsparse._summary",
+        "jaxsparse.models.summary",
         "jaxsparse.formats",
         "jaxsparse.formats.n_m",
         "jaxsparse.ops",
@@ -89,7 +91,6 @@ TABLE = {
     "jaxsparse/_flax.py": NUMERIC | FORMATS | {"flax", "jaxsparse._arguments", "jaxsparse._states"},
     "jaxsparse/linen.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},
     "jaxsparse/nnx.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},
-    "jaxsparse/_rules.py": {"jaxsparse._sizes", "jaxsparse.costs.racing"},
     "jaxsparse/costs/__init__.py": set(),
     "jaxsparse/costs/racing.py": set(),
     "jaxsparse/costs/words.py": set(),
@@ -101,21 +102,15 @@ TABLE = {
     "jaxsparse/costs/explaining.py": COSTS,
     "jaxsparse/cli/explain.py": {"typer", "jaxsparse.cli._output"} | COSTS,
     "jaxsparse/costs/_in_jax.py": NUMERIC | FORMATS | {"optax", "jaxsparse.ops", "jaxsparse.costs.layers"},
-    "jaxsparse/_densify.py": NUMERIC
-    | {"flax", "jaxsparse.formats", "jaxsparse.linen", "jaxsparse.nnx", "jaxsparse._xla"},
-    "jaxsparse/_kept.py": NUMERIC | {"jaxsparse._arguments", "jaxsparse._rules", "jaxsparse.formats"},
-    "jaxsparse/_flax_races.py": {"jax", "flax", "jaxsparse._rules", "jaxsparse.costs.racing"},
-    "jaxsparse/surgery.py": NUMERIC
-    | {
-        "flax",
-        "jaxsparse.formats",
-        "jaxsparse._densify",
-        "jaxsparse._flax_races",
-        "jaxsparse._kept",
-        "jaxsparse._rules",
-    }
-    | {"jaxsparse.costs.racing"}
-    | {"jaxsparse.linen", "jaxsparse.nnx"},
+    "jaxsparse/surgery.py": {"jaxsparse.models.surgery"},
+    "jaxsparse/models/__init__.py": set(),
+    "jaxsparse/models/rules.py": {"jaxsparse._sizes", "jaxsparse.costs.racing"},
+    "jaxsparse/models/_kept.py": NUMERIC | {"jaxsparse._arguments", "jaxsparse.formats"} | MODELS,
+    "jaxsparse/models/_races.py": {"jax", "flax", "jaxsparse.costs.racing"} | MODELS,
+    "jaxsparse/models/_densify.py": NUMERIC | LAYERS | {"jaxsparse._xla"},
+    "jaxsparse/models/surgery.py": NUMERIC | LAYERS | MODELS | {"jaxsparse.costs.racing"},
+    "jaxsparse/models/summary.py": {"rich", "jaxsparse._text", "torch_bridge.summary"} | MODELS,
+    "jaxsparse/models/_summary_flax.py": {"jax"} | LAYERS | MODELS,
     "jaxsparse/pruning.py": {"jaxsparse.training.pruning"},
     "jaxsparse/dynamic.py": {"jaxsparse.training.dynamic"},
     "jaxsparse/training/__init__.py": set(),
@@ -142,9 +137,6 @@ TABLE = {
     "jaxsparse/_devices.py": {"jax", "torch", "cpu_kernels", "jaxsparse._backends", "jaxsparse._measured"}
     | {"jaxsparse._devices_table", "jaxsparse._text"},
     "jaxsparse/_devices_table.py": {"rich", "jaxsparse._devices"},
-    "jaxsparse/_summary.py": {"rich", "jaxsparse._summary_flax", "jaxsparse._text", "torch_bridge.summary"},
-    "jaxsparse/_summary_flax.py": {"jax", "flax", "jaxsparse._summary", "jaxsparse.formats"}
-    | {"jaxsparse.linen", "jaxsparse.nnx"},
     "jaxsparse/_picture.py": {"jax", "numpy", "matplotlib", "jaxsparse.formats"},
     "jaxsparse/_matrices.py": {"jax", "numpy", "orbax", "etils", "jaxsparse.checkpoint", "jaxsparse.files"} | FORMATS,
     "jaxsparse/_findings.py": {"numpy", "jaxsparse._matrices", "jaxsparse.formats"},
@@ -258,9 +250,9 @@ SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
     "dynamic.py": {"jaxsparse.dynamic"},
     "nn.py": {"jaxsparse._arguments", "jaxsparse.formats"},
     "costs.py": {"jaxsparse.costs.layers"},
-    "patch.py": {"jaxsparse._rules", "jaxsparse.costs.racing"},
-    "summary.py": {"jaxsparse._summary"},
-    "hugging_face.py": {"jaxsparse._rules", "jaxsparse._sizes"},
+    "patch.py": {"jaxsparse.models.rules", "jaxsparse.costs.racing"},
+    "summary.py": {"jaxsparse.models.summary"},
+    "hugging_face.py": {"jaxsparse.models.rules", "jaxsparse._sizes"},
 }
 
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxsparse._summary import Row, dense_flops, largest
 from jaxsparse.formats import BlockPattern
 from jaxsparse.linen import BlockDiagDense
+from jaxsparse.models.summary import Row, dense_flops, largest
 from jaxsparse.nnx import BlockDiagLinear, Pattern
 
 _LINEAR = (nnx.Linear, nnx.LinearGeneral)
