@@ -19,8 +19,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsparse import _states, _targets, _trees
+from jaxsparse import _targets, _trees
 from jaxsparse._trees import DTYPES, NAMES
+from jaxsparse.formats import states
 
 FORMAT, VERSION = "jaxsparse", 2
 
@@ -76,14 +77,14 @@ def restore_patterns(tree: Any) -> Any:
     """
 
     def restore(path, node):
-        if not _states.is_state(node):
+        if not states.is_state(node):
             return node
         try:
-            return _states.from_state(node)
+            return states.from_state(node)
         except ValueError as error:
             raise ValueError(f"{jax.tree_util.keystr(path)}: {error}") from None
 
-    return jax.tree_util.tree_map_with_path(restore, tree, is_leaf=_states.is_state)
+    return jax.tree_util.tree_map_with_path(restore, tree, is_leaf=states.is_state)
 
 
 def write(path: str | os.PathLike, tree: Mapping[str, Any], arrays: _trees.Arrays) -> None:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NUMERIC = {"jax", "numpy", "jaxtyping"}
 BASE = {"jaxsparse._groups", "jaxsparse._indices", "jaxsparse._sizes"}
-FORMATS = BASE | {"jaxsparse.formats"}
+FORMATS = BASE | {"jaxsparse.formats", "jaxsparse.formats.interop"}
 FILES = {"jaxsparse.files._limits", "jaxsparse.files.layouts", "jaxsparse.files.weights"}
 # What torch.save wrote, torch alone can read; and the top of the house says what torch does where it is installed.
 TORCH_COMPETES = "jaxsparse/bench/in_torch.py"  # imported where torch is installed
@@ -56,17 +56,12 @@ TABLE = {
     "jaxsparse/formats/__init__.py": {"jaxsparse.formats.block"},
     "jaxsparse/formats/block.py": NUMERIC
     | BASE
-    | {
-        "jaxsparse._interop",
-        "jaxsparse._parts",
-        "jaxsparse._parts.Parts",
-        "jaxsparse._picture",
-        "jaxsparse._states",
-        "scipy",
-    },
+    | FORMATS
+    | {"jaxsparse._picture", "jaxsparse.formats._parts", "scipy"},
+    "jaxsparse/formats/interop.py": NUMERIC | FORMATS | {"scipy"},
+    "jaxsparse/formats/states.py": NUMERIC | FORMATS,
+    "jaxsparse/formats/_parts.py": NUMERIC | FORMATS,
     "jaxsparse/formats/n_m.py": NUMERIC | BASE | {"jaxsparse.formats.block"},
-    "jaxsparse/_parts.py": NUMERIC | FORMATS,
-    "jaxsparse/_interop.py": NUMERIC | FORMATS | {"scipy"},
     "jaxsparse/reference.py": {"numpy", "jaxsparse.formats"},
     "jaxsparse/_xla.py": NUMERIC | BASE,
     "jaxsparse/_measured.py": {"jaxsparse._sizes"},
@@ -88,7 +83,7 @@ TABLE = {
     "jaxsparse/exporting.py": {"jax", "cpu_kernels"},
     "jaxsparse/ops.py": NUMERIC
     | {"jaxsparse.formats", "jaxsparse.formats.n_m", "jaxsparse._backends", "jaxsparse._xla", "jaxsparse.products"},
-    "jaxsparse/_flax.py": NUMERIC | FORMATS | {"flax", "jaxsparse._arguments", "jaxsparse._states"},
+    "jaxsparse/_flax.py": NUMERIC | FORMATS | {"flax", "jaxsparse._arguments"},
     "jaxsparse/linen.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},
     "jaxsparse/nnx.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},
     "jaxsparse/costs/__init__.py": set(),
@@ -122,14 +117,13 @@ TABLE = {
     "jaxsparse/training/dynamic.py": NUMERIC | FORMATS | TRAINING,
     "jaxsparse/training/roles.py": {"jax", "jaxsparse.formats"},
     "jaxsparse/convert.py": {"numpy", "jaxtyping", "jaxsparse.formats"},
-    "jaxsparse/_states.py": NUMERIC | FORMATS,
     "jaxsparse/_trees.py": NUMERIC | FORMATS,
     "jaxsparse/_targets.py": NUMERIC | FORMATS | {"jaxsparse._trees"},
-    "jaxsparse/checkpoint.py": NUMERIC | {"jaxsparse._states", "jaxsparse._targets", "jaxsparse._trees"},
+    "jaxsparse/checkpoint.py": NUMERIC | {"jaxsparse._targets", "jaxsparse._trees", "jaxsparse.formats"},
     "jaxsparse/files/__init__.py": {"numpy", "safetensors", "jaxsparse.files", "jaxsparse.files.weights"},
     "jaxsparse/files/_limits.py": set(),
     "jaxsparse/files/_npz.py": {"numpy", "scipy", "jaxsparse.formats"} | FILES,
-    "jaxsparse/files/_text.py": {"numpy", "jaxsparse._interop"} | FORMATS | FILES,
+    "jaxsparse/files/_text.py": {"numpy"} | FORMATS | FILES,
     "jaxsparse/files/layouts.py": {"numpy", "jaxsparse._indices", "jaxsparse._sizes", "jaxsparse.formats"},
     "jaxsparse/files/_torch.py": {"jax", "numpy", "torch", "jaxsparse.files"} | FILES,
     "jaxsparse/files/weights.py": NUMERIC | FORMATS,

@@ -66,7 +66,7 @@ MUTANTS = [
     ),
     Mutant(
         "parts: joined in the order of rows",
-        "jaxsparse/_parts.py",
+        "jaxsparse/formats/_parts.py",
         "jnp.lexsort((rows, cols, ~real))",
         "jnp.lexsort((cols, rows, ~real))",
         "tests/test_parts.py::test_pieces_join_bit_for_bit",
