@@ -24,6 +24,7 @@ KNOW_TORCH = {
 OPS = FORMATS | {"jaxsparse.ops"}
 PRODUCTS = {"jaxsparse._backends", *(f"jaxsparse.products.{name}" for name in ("_epilogue", "_rules", "_shards"))}
 TRAINING = {"jaxsparse.training", *(f"jaxsparse.training.{name}" for name in ("_carry", "_places", "_replicas"))}
+CHECKPOINT = {"jaxsparse.checkpoint", "jaxsparse.checkpoint.trees"}
 LAYERS = {"flax", "jaxsparse.formats", "jaxsparse.linen", "jaxsparse.nnx"}
 MODELS = {"jaxsparse.models", *(f"jaxsparse.models.{name}" for name in ("_densify", "rules", "summary"))}
 COSTS = {
@@ -117,9 +118,9 @@ TABLE = {
     "jaxsparse/training/dynamic.py": NUMERIC | FORMATS | TRAINING,
     "jaxsparse/training/roles.py": {"jax", "jaxsparse.formats"},
     "jaxsparse/convert.py": {"numpy", "jaxtyping", "jaxsparse.formats"},
-    "jaxsparse/_trees.py": NUMERIC | FORMATS,
-    "jaxsparse/_targets.py": NUMERIC | FORMATS | {"jaxsparse._trees"},
-    "jaxsparse/checkpoint.py": NUMERIC | {"jaxsparse._targets", "jaxsparse._trees", "jaxsparse.formats"},
+    "jaxsparse/checkpoint/__init__.py": NUMERIC | {"jaxsparse.formats"} | CHECKPOINT,
+    "jaxsparse/checkpoint/targets.py": NUMERIC | FORMATS | CHECKPOINT,
+    "jaxsparse/checkpoint/trees.py": NUMERIC | FORMATS,
     "jaxsparse/files/__init__.py": {"numpy", "safetensors", "jaxsparse.files", "jaxsparse.files.weights"},
     "jaxsparse/files/_limits.py": set(),
     "jaxsparse/files/_npz.py": {"numpy", "scipy", "jaxsparse.formats"} | FILES,
@@ -238,7 +239,7 @@ SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
     "_compressed.py": {"jaxsparse.files", "jaxsparse.files.layouts", "jaxsparse.formats"},
     "_matrix.py": {"cpu_kernels", "jaxsparse._sizes"},
     "_dense.py": {"jaxsparse._sizes", "jaxsparse.formats"},
-    "checkpoint.py": {"jaxsparse._targets", "jaxsparse._trees", "jaxsparse.checkpoint"},
+    "checkpoint.py": CHECKPOINT,
     "_in_jax.py": {"jaxsparse._indices", "jaxsparse.formats", "jaxsparse.ops"},
     "_stored.py": {"jaxsparse._arguments", "jaxsparse._sizes", "jaxsparse.formats"},
     "dynamic.py": {"jaxsparse.dynamic"},

@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsparse import _targets, _trees
-from jaxsparse._trees import DTYPES, NAMES
+from jaxsparse.checkpoint import targets, trees
+from jaxsparse.checkpoint.trees import DTYPES, NAMES
 from jaxsparse.formats import states
 
 FORMAT, VERSION = "jaxsparse", 2
@@ -43,8 +43,8 @@ def save(path: str | os.PathLike, tree: Any) -> None:
     Raises:
       ValueError: with the path and the type, for what can't be given back; nothing is written then.
     """
-    arrays: _trees.Arrays = {}
-    write(path, _trees.take_apart(tree, arrays, lambda leaf: leaf), arrays)
+    arrays: trees.Arrays = {}
+    write(path, trees.take_apart(tree, arrays, lambda leaf: leaf), arrays)
 
 
 def load(path: str | os.PathLike, target: Any = None) -> Any:
@@ -62,7 +62,7 @@ def load(path: str | os.PathLike, target: Any = None) -> Any:
         ours, or is of a newer version; with the path, where the target has other keys, shapes, dtypes or sizes.
     """
     tree = read(path, lambda a: a)
-    return tree if target is None else _targets.fill(target, tree, _targets.place)
+    return tree if target is None else targets.fill(target, tree, targets.place)
 
 
 def restore_patterns(tree: Any) -> Any:
@@ -87,7 +87,7 @@ def restore_patterns(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(restore, tree, is_leaf=states.is_state)
 
 
-def write(path: str | os.PathLike, tree: Mapping[str, Any], arrays: _trees.Arrays) -> None:
+def write(path: str | os.PathLike, tree: Mapping[str, Any], arrays: trees.Arrays) -> None:
     """Writes a tree that was taken apart, as `save` says."""
     # Wide entries first: every array then starts at a multiple of its own size.
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
@@ -112,10 +112,10 @@ def read(path: str | os.PathLike, make: Callable[[np.ndarray], Any]) -> Any:
     try:
         arrays, about = _decode(data)
         if about["version"] == "1":
-            tree = _trees.names_to_nodes(arrays, json.loads(about["patterns"]), json.loads(about["empty"]))
+            tree = trees.names_to_nodes(arrays, json.loads(about["patterns"]), json.loads(about["empty"]))
         else:
             tree = json.loads(about["tree"])
-        return _trees.build(tree, arrays, make)
+        return trees.build(tree, arrays, make)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} can't be read: its header lacks, or misstates, {error}.") from None
     except ValueError as error:

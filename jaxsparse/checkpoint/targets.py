@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse._indices import Index
-from jaxsparse._trees import Path, is_variable, opened, shown, type_name
+from jaxsparse.checkpoint.trees import Path, is_variable, opened, shown, type_name
 from jaxsparse.formats import BlockPattern
 
 
