@@ -26,7 +26,10 @@ PRODUCTS = {"jaxsparse._backends", *(f"jaxsparse.products.{name}" for name in ("
 TRAINING = {"jaxsparse.training", *(f"jaxsparse.training.{name}" for name in ("_carry", "_places", "_replicas"))}
 CHECKPOINT = {"jaxsparse.checkpoint", "jaxsparse.checkpoint.trees"}
 LAYERS = {"flax", "jaxsparse.formats", "jaxsparse.linen", "jaxsparse.nnx"}
-MODELS = {"jaxsparse.models", *(f"jaxsparse.models.{name}" for name in ("_densify", "rules", "summary"))}
+MODELS = {
+    "jaxsparse.models",
+    *(f"jaxsparse.models.{name}" for name in ("_densify", "_layers", "report", "rules", "summary")),
+}
 COSTS = {
     "jaxsparse.costs",
     *(f"jaxsparse.costs.{name}" for name in ("advising", "explaining", "layers", "machine", "measuring", "model")),
@@ -98,13 +101,16 @@ TABLE = {
     "jaxsparse/costs/explaining.py": COSTS,
     "jaxsparse/cli/explain.py": {"typer", "jaxsparse.cli._output"} | COSTS,
     "jaxsparse/costs/_in_jax.py": NUMERIC | FORMATS | {"optax", "jaxsparse.ops", "jaxsparse.costs.layers"},
-    "jaxsparse/surgery.py": {"jaxsparse.models.surgery"},
+    "jaxsparse/surgery.py": MODELS | {"jaxsparse.models.in_linen", "jaxsparse.models.in_nnx"},
     "jaxsparse/models/__init__.py": set(),
-    "jaxsparse/models/rules.py": {"jaxsparse._sizes", "jaxsparse.costs.racing"},
+    "jaxsparse/models/rules.py": {"jaxsparse._sizes"},
+    "jaxsparse/models/report.py": {"jaxsparse.costs.racing"} | MODELS,
     "jaxsparse/models/_kept.py": NUMERIC | {"jaxsparse._arguments", "jaxsparse.formats"} | MODELS,
     "jaxsparse/models/_races.py": {"jax", "flax", "jaxsparse.costs.racing"} | MODELS,
-    "jaxsparse/models/_densify.py": NUMERIC | LAYERS | {"jaxsparse._xla"},
-    "jaxsparse/models/surgery.py": NUMERIC | LAYERS | MODELS | {"jaxsparse.costs.racing"},
+    "jaxsparse/models/_densify.py": NUMERIC | LAYERS | MODELS | {"jaxsparse._xla"},
+    "jaxsparse/models/_layers.py": NUMERIC | LAYERS | MODELS,
+    "jaxsparse/models/in_nnx.py": NUMERIC | LAYERS | MODELS | {"jaxsparse.costs.racing"},
+    "jaxsparse/models/in_linen.py": NUMERIC | LAYERS | MODELS | {"jaxsparse.costs.racing"},
     "jaxsparse/models/summary.py": {"rich", "jaxsparse._text", "torch_bridge.summary"} | MODELS,
     "jaxsparse/models/_summary_flax.py": {"jax"} | LAYERS | MODELS,
     "jaxsparse/pruning.py": {"jaxsparse.training.pruning"},
@@ -245,7 +251,7 @@ SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
     "dynamic.py": {"jaxsparse.dynamic"},
     "nn.py": {"jaxsparse._arguments", "jaxsparse.formats"},
     "costs.py": {"jaxsparse.costs.layers"},
-    "patch.py": {"jaxsparse.models.rules", "jaxsparse.costs.racing"},
+    "patch.py": {"jaxsparse.models.report", "jaxsparse.models.rules", "jaxsparse.costs.racing"},
     "summary.py": {"jaxsparse.models.summary"},
     "hugging_face.py": {"jaxsparse.models.rules", "jaxsparse._sizes"},
 }

@@ -14,7 +14,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from jaxsparse.costs.racing import Race, Races
-from jaxsparse.models.rules import Report, Row, Rule, Rules, check_drawn, decide, parse, passed_over
+from jaxsparse.models.report import Report, Row
+from jaxsparse.models.rules import Rule, Rules, check_drawn, decide, parse, passed_over
 from torch_bridge import _linear
 from torch_bridge.nn import BlockDiagLinear, BlockSparseLinear, SparseLinear
 
