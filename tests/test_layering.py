@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NUMERIC = {"jax", "numpy", "jaxtyping"}
 BASE = {"jaxsparse._groups", "jaxsparse._indices", "jaxsparse._sizes"}
-FORMATS = BASE | {"jaxsparse.formats", "jaxsparse.formats.interop"}
+FORMATS = BASE | {"jaxsparse.formats", "jaxsparse.formats.interop", "jaxsparse.formats.n_m"}
 FILES = {"jaxsparse.files._limits", "jaxsparse.files.layouts", "jaxsparse.files.weights"}
 # What torch.save wrote, torch alone can read; and the top of the house says what torch does where it is installed.
 TORCH_COMPETES = "jaxsparse/bench/in_torch.py"  # imported where torch is installed
@@ -25,7 +25,7 @@ OPS = FORMATS | {"jaxsparse.ops"}
 PRODUCTS = {"jaxsparse._backends", *(f"jaxsparse.products.{name}" for name in ("_epilogue", "_rules", "_shards"))}
 TRAINING = {"jaxsparse.training", *(f"jaxsparse.training.{name}" for name in ("_carry", "_places", "_replicas"))}
 CHECKPOINT = {"jaxsparse.checkpoint", "jaxsparse.checkpoint.trees"}
-LAYERS = {"flax", "jaxsparse.formats", "jaxsparse.linen", "jaxsparse.nnx"}
+LAYERS = {"flax", "jaxsparse.formats", "jaxsparse.formats.n_m", "jaxsparse.linen", "jaxsparse.nnx"}
 MODELS = {
     "jaxsparse.models",
     *(f"jaxsparse.models.{name}" for name in ("_densify", "_layers", "report", "rules", "summary")),
@@ -122,7 +122,7 @@ TABLE = {
     "jaxsparse/training/_carry.py": NUMERIC | TRAINING,
     "jaxsparse/training/pruning.py": NUMERIC | {"jaxsparse._sizes", "optax"} | TRAINING,
     "jaxsparse/training/dynamic.py": NUMERIC | FORMATS | TRAINING,
-    "jaxsparse/training/roles.py": {"jax", "jaxsparse.formats"},
+    "jaxsparse/training/roles.py": {"jax"} | FORMATS,
     "jaxsparse/convert.py": {"numpy", "jaxtyping", "jaxsparse.formats"},
     "jaxsparse/checkpoint/__init__.py": NUMERIC | {"jaxsparse.formats"} | CHECKPOINT,
     "jaxsparse/checkpoint/targets.py": NUMERIC | FORMATS | CHECKPOINT,

@@ -27,7 +27,7 @@ FORMAT, VERSION = "jaxsparse", 2
 
 
 def save(path: str | os.PathLike, tree: Any) -> None:
-    """Writes any tree of arrays and `BlockPattern`s to one file: `load` gives back every one of its leaves.
+    """Writes any tree of arrays and patterns to one file: `load` gives back every one of its leaves.
 
     Containers are mappings, lists, tuples, and whatever else JAX knows as a pytree: a Flax state, `TrainState`, an
     optimizer's state. Keys are strings, numbers, None, or tuples of them. Leaves are arrays of any library that NumPy
@@ -52,7 +52,7 @@ def load(path: str | os.PathLike, target: Any = None) -> Any:
 
     Args:
       target: a tree of the structure that was saved, as a fresh model's state, or what `jax.eval_shape` makes of it.
-        None gives dicts, lists and tuples of NumPy arrays and `BlockPattern`s, under the keys that were saved.
+        None gives dicts, lists and tuples of NumPy arrays and patterns, under the keys that were saved.
     Returns:
       Without a target: mappings and classes as dicts, a class by the names of its fields, and an `nnx.State` as the
       pure dict that `nnx.update` takes. With one: its containers and static fields, and the leaves of the file, on the
@@ -66,7 +66,7 @@ def load(path: str | os.PathLike, target: Any = None) -> Any:
 
 
 def restore_patterns(tree: Any) -> Any:
-    """Makes `BlockPattern`s again of the dicts that other savers make of them.
+    """Makes `BlockPattern`s and `NMPattern`s again of the dicts that other savers make of them.
 
     Orbax without a target, and `flax.serialization.msgpack_restore`, give a pattern back as a dict of its arrays.
 
@@ -77,14 +77,14 @@ def restore_patterns(tree: Any) -> Any:
     """
 
     def restore(path, node):
-        if not states.is_state(node):
+        if not states.is_any_state(node):
             return node
         try:
-            return states.from_state(node)
+            return states.from_any_state(node)
         except ValueError as error:
             raise ValueError(f"{jax.tree_util.keystr(path)}: {error}") from None
 
-    return jax.tree_util.tree_map_with_path(restore, tree, is_leaf=states.is_state)
+    return jax.tree_util.tree_map_with_path(restore, tree, is_leaf=states.is_any_state)
 
 
 def write(path: str | os.PathLike, tree: Mapping[str, Any], arrays: trees.Arrays) -> None:
