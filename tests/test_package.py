@@ -1,6 +1,6 @@
 """Importing the package is light, and its parts are where they are said to be."""
 
-import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -62,3 +62,14 @@ def test_a_door_leads_to_all_that_stands_behind_it(path):
     homes = [importlib.import_module(home) for home in homes if home.startswith("jaxsparse.")]
     here = {n for m in homes for n, v in vars(m).items() if getattr(v, "__module__", "") == m.__name__ and n[0] != "_"}
     assert here and here <= set(door.__all__), "a public function without its public name"
+
+
+def test_every_planted_fault_fits_the_code_and_names_a_test():
+    spec = importlib.util.spec_from_file_location("mutants", ROOT / "tools/mutants.py")
+    mutants = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutants)
+    for fault in mutants.MUTANTS:
+        path, _, test = fault.test.partition("::")
+        assert (ROOT / fault.file).read_text().count(fault.right) == 1, fault.name
+        assert f"\ndef {test}(" in (ROOT / path).read_text(), fault.name
+    assert len({fault.name for fault in mutants.MUTANTS}) == len(mutants.MUTANTS) > 0
