@@ -160,9 +160,6 @@ void multiply_panel(const NM& p, const Rows<Sum<S>>& x, int64_t j, int64_t row, 
 
 // ---- few rows -----------------------------------------------------------------------------
 
-// Columns that a worker takes at a time: runs of memory that are long enough, sums that stay in the first-level cache.
-constexpr int64_t kStrip = 512;
-
 // sums[r][c - first] for columns [first, last) of x W, in runs of kRun rows of W.
 template <int R, class S, class K>
 void add_columns(const NM& p, const K& kept, const Rows<Sum<S>>& x, int64_t row, int64_t first, int64_t last,
@@ -241,9 +238,6 @@ void multiply_strip(const NM& p, const K& kept, const Rows<Sum<S>>& x, int64_t r
 
 // ---- the products -------------------------------------------------------------------------
 
-// Batch rows up to which W is expanded in registers, once for each two.
-constexpr int64_t kFewRows = 4;
-
 template <class S, class K>
 bool n_m_multiply(const NM& p, const K& kept, const Pool& pool) {
   using A = Sum<S>;
@@ -262,7 +256,7 @@ bool n_m_multiply(const NM& p, const K& kept, const Pool& pool) {
   const Rows<A> x = rows_of(static_cast<const S*>(p.x), depth, copy, stride);
   // A strip is whole groups of W^T's columns.
   const int64_t unit = !few ? kPanel<A> : p.transposed ? kStrip / kept.m() * kept.m() : kStrip;
-  const int64_t units = ceil_div(width, unit), chunk = few ? kFewRows : 256, chunks = ceil_div(p.rows, chunk);
+  const int64_t units = ceil_div(width, unit), chunk = few ? kFewRows : kTaskRows, chunks = ceil_div(p.rows, chunk);
   const auto multiply = [&](int64_t task, int worker) {
     const int64_t row = task / units * chunk, last = least(row + chunk, p.rows), j = task % units * unit;
     if (few) return multiply_strip<S>(p, kept, x, row, last, j, least(j + unit, width));
