@@ -6,9 +6,6 @@
 namespace jaxsparse_cpu {
 namespace {
 
-// Feature slices of a tile that stay in the first-level cache while many lines read them.
-constexpr int64_t kSliceBytes = 64 << 10;
-
 // sum[t] += values[k] * tile[index[k]][t] for the line's entries with index below `limit`.
 // Short tiles keep several sums, so that one multiply-add need not wait for the last.
 template <int L, int NV, class S>

@@ -6,19 +6,7 @@
 namespace jaxsparse_cpu {
 namespace {
 
-// Vectors of a tile: with 32 registers a whole tile of 8 is held twice, as operand and as sum,
-// and one sum across lanes serves twice the batch.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kGradVectors = 8;
-#else
-constexpr int kGradVectors = 4;
-#endif
-
-// Features of a tile that stay in the second-level cache while all lines read them; twice as
-// many where a line would meet too few entries in a slice to pay for coming back to it.
-constexpr int64_t kGradSliceBytes = 256 << 10;
-constexpr int64_t kEntriesPerVisit = 32;
-
+// Features of a tile that stay in the second-level cache while all lines read them.
 int64_t grad_slice(const Lines& lines, int64_t features, int64_t feature_bytes) {
   const int64_t slice = most<int64_t>(1, kGradSliceBytes / feature_bytes);
   const bool few = lines.entries * slice < kEntriesPerVisit * lines.lines * features;
