@@ -18,7 +18,6 @@ __all__ = [
     "block_diag_outer",
     "isa",
     "library_file",
-    "n_m_sddmm",
     "n_m_spmm",
     "sddmm",
     "spmm",
@@ -29,7 +28,7 @@ __all__ = [
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _ACTIVATIONS = (None, "relu", "gelu", "silu")
-PRODUCTS = ("spmm", "sddmm", "spmm_grads", "block_diag_matmul", "block_diag_outer", "n_m_spmm", "n_m_sddmm")
+PRODUCTS = ("spmm", "sddmm", "spmm_grads", "block_diag_matmul", "block_diag_outer", "n_m_spmm")
 
 
 def why_not(op: str, dtype, block: tuple[int, int], platform: str, elsewhere: bool = False) -> str | None:
@@ -127,13 +126,6 @@ def n_m_spmm(
     how = {"m": np.int64(m), "size_in": np.int64(shape[0]), "transposed": transposed}
     call = _call("n_m_spmm", (x.shape[0], shape[0 if transposed else 1]), x.dtype)
     return call(x, values, bits, _bias(bias, x), activation=_activation(activation), **how)
-
-
-def n_m_sddmm(x, dy, bits, *, n: int, m: int, shape: tuple[int, int], precision=None):
-    """Returns x^T dy [in, out] where W is stored, as [groups, n, out]."""
-    del precision
-    values = bits.shape[0], n, bits.shape[1]
-    return _call("n_m_sddmm", values, x.dtype)(x, dy, bits, m=np.int64(m), size_in=np.int64(shape[0]))
 
 
 def isa() -> str:

@@ -35,18 +35,11 @@ void pack_panel(const Product& p, int64_t line, int64_t j, int64_t count, Sum<S>
   }
 }
 
-// Below this many batch rows a copy of the values costs more than reading them as they lie.
-constexpr int64_t kRowsWorthPacking = 16;
-
-// From so many columns on, rows of a block lie so far apart that they fight over few sets of the caches.
-constexpr int64_t kWideBlock = 512;
-
-// Where so few blocks are stored that a worker meets most of a large x's cache lines once or twice, each is far away
-// when it is wanted. At 2048 x 2048 and batch 256: 1.1 to 1.2 times as fast at 5 to 15 %, 0.98 at 25 %, 0.95 at 50 %.
+// Whether the rows of x are fetched ahead.
 bool fetches_ahead(const Product& p) {
   const Lines& lines = p.lines;
-  const bool few = lines.entries > lines.limit && 6 * lines.entries < lines.lines * lines.limit;
-  return few && p.m * p.in >= 1 << 18;
+  const bool few = lines.entries > lines.limit && kFewBlocksInverse * lines.entries < lines.lines * lines.limit;
+  return few && p.m * p.in >= kLargeX;
 }
 
 // Columns [j, j + panel) of line `line`, for batch rows [row, last).
@@ -88,12 +81,11 @@ void multiply_panel(const Product& p, const Rows<Sum<S>>& x, int64_t line, int64
   }
 }
 
-// Batch rows that one task takes: many, for each packs the values of its lines where that has to be done; else few, so
-// that those of a wide x stay in the second-level cache from line to line.
+// Batch rows that one task takes.
 template <class S>
 int64_t rows_per_task(const Product& p) {
   const bool packs = p.transposed || p.width >= kWideBlock;
-  return packs || p.in * int64_t(sizeof(Sum<S>)) < 6144 ? 256 : 128;
+  return packs || p.in * int64_t(sizeof(Sum<S>)) < kWideXBytes ? kTaskRows : kTaskRowsOfWideX;
 }
 
 int64_t longest_line(const Lines& lines) {

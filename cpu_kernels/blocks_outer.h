@@ -45,13 +45,6 @@ struct Strips {
   }
 };
 
-// Batch rows summed in registers before the sums go through memory: two slices of so many rows
-// stay in the second-level cache while all rows of a block are made from them.
-constexpr int64_t kDeep = 512;
-
-// Rows of a register tile here: a tile must lie within one strip.
-constexpr int kStripRows = kVectorBytes == 32 ? 4 : 8;
-
 // Columns [at, at + panel) of the block at one stored entry; dy is the strip that holds them.
 template <class S, class P>
 void outer_block(const Outer& p, const Sum<S>* x, const Strips<Sum<S>>& xs, int64_t slice,

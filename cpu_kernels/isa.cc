@@ -75,12 +75,6 @@ bool run_n_m_spmm(const NM& p, const Pool& pool) {
   });
 }
 
-bool run_n_m_sddmm(const NM& p, const Pool& pool) {
-  return with_dtype(p.dtype, [&](auto zero) {
-    return with_kept(p, [&](auto kept) { return n_m_sample<decltype(zero)>(p, kept, pool); });
-  });
-}
-
 }  // namespace
 
 extern const KernelTable JOIN(kernels_, JAXSPARSE_ISA);

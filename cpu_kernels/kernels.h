@@ -62,13 +62,13 @@ struct Gradients {
 
 // y[rows, out] = activation(x[rows, in] W + bias), or, transposed, of x[rows, out] W^T. Of every m rows of W n are stored
 // in each column: values[groups, n, out] in ascending order, where bits[groups, out], of 8 bits up to m = 8 and else of
-// 32, say. The sampled product x^T dy goes to y, as values.
+// 32, say.
 struct NM {
   Dtype dtype;
   int64_t rows, in, out, groups, n, m;
   bool transposed;
   Activation activation;
-  const void *x, *dy, *values, *bits, *bias;  // bias may be null
+  const void *x, *values, *bits, *bias;  // bias may be null
   void* y;
 };
 
@@ -96,8 +96,7 @@ const KernelTable& kernels();
   KERNEL(spmm, Product)           \
   KERNEL(sddmm, Outer)            \
   KERNEL(spmm_grads, Gradients)   \
-  KERNEL(n_m_spmm, NM)            \
-  KERNEL(n_m_sddmm, NM)
+  KERNEL(n_m_spmm, NM)
 
 // One compilation of the kernels per instruction set fills one of these. A kernel is false where it gets no memory, and
 // for an index out of range.

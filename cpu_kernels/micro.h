@@ -49,10 +49,6 @@ struct Step {
   int64_t a, b, depth;
 };
 
-// Terms that are summed in registers before their sum joins the others in memory. One long run would
-// err in proportion to its length; in runs the error is that of a blocked dense product.
-constexpr int64_t kRun = 64;
-
 // sum[r][..] += over steps e < count and d < depth:  a[r, d] * b[d, vector]
 // with rows of b `b_stride` apart; a is read a number at a time, at r * a_stride + d (kByRow)
 // or at r + d * a_stride. `fetches` the same numbers of the R rows that follow (kByRow), for the next tile.
@@ -137,10 +133,6 @@ ALWAYS_INLINE void for_rows(int64_t row, int64_t last, F f) {
   if constexpr (R > 1)
     if (row < last) for_rows<R / 2>(row, last, f);
 }
-
-// Rows of a register tile: enough sums to hide the latency of the multiply-add, few enough that
-// rows of x a power of two apart don't fight over one set of the first-level cache.
-constexpr int kRows = kVectorBytes == 32 ? 6 : 8;
 
 template <int L_, int NV_>
 struct Panel {

@@ -1,4 +1,4 @@
-// The products with n of every m neighbouring inputs stored: sizes are checked, then a kernel runs.
+// The product with n of every m neighbouring inputs stored: sizes are checked, then a kernel runs.
 #include <algorithm>
 #include <initializer_list>
 
@@ -56,18 +56,6 @@ ffi::Error NMSpmm(ffi::ThreadPool threads, Array x, Array values, Array bits, Ar
   return result("n_m_spmm", kernels().n_m_spmm(p, pool_of(threads)) ? "" : "no memory for scratch");
 }
 
-ffi::Error NMSddmm(ffi::ThreadPool threads, Array x, Array dy, Array bits, Result values, int64_t in, int64_t m) {
-  NM p{};
-  std::string wrong = fill(&p, x, *values, bits, in, m);
-  const auto type = x.element_type();
-  if (wrong.empty() && (!has_shape(x, type, {p.rows, p.in}) || !has_shape(dy, type, {p.rows, p.out})))
-    wrong = "x and dy must have " + std::to_string(p.in) + " and " + std::to_string(p.out) + " features";
-  if (!wrong.empty()) return result("n_m_sddmm", wrong);
-  p.dy = dy.untyped_data();
-  p.y = values->untyped_data();
-  return result("n_m_sddmm", kernels().n_m_sddmm(p, pool_of(threads)) ? "" : "no memory for scratch");
-}
-
 }  // namespace
 }  // namespace jaxsparse_cpu
 
@@ -85,13 +73,3 @@ HANDLER(jaxsparse_cpu_n_m_spmm, NMSpmm,
             .Attr<int64_t>("m")
             .Attr<bool>("transposed")
             .Attr<int64_t>("activation"))
-
-HANDLER(jaxsparse_cpu_n_m_sddmm, NMSddmm,
-        ffi::Ffi::Bind()
-            .Ctx<ffi::ThreadPool>()
-            .Arg<Array>()
-            .Arg<Array>()
-            .Arg<Array>()
-            .Ret<Array>()
-            .Attr<int64_t>("size_in")
-            .Attr<int64_t>("m"))

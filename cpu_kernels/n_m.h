@@ -2,7 +2,7 @@
 // expanded to zeros and all into the second-level cache; of few rows, W is expanded in registers, and its bytes decide.
 #pragma once
 
-#include "blocks_outer.h"
+#include "micro.h"
 
 #define INLINE_LAMBDA __attribute__((always_inline))
 
@@ -160,9 +160,6 @@ void multiply_panel(const NM& p, const Rows<Sum<S>>& x, int64_t j, int64_t row, 
 
 // ---- few rows -----------------------------------------------------------------------------
 
-// Columns that a worker takes at a time: runs of memory that are long enough, sums that stay in the first-level cache.
-constexpr int64_t kStrip = 512;
-
 // sums[r][c - first] for columns [first, last) of x W, in runs of kRun rows of W.
 template <int R, class S, class K>
 void add_columns(const NM& p, const K& kept, const Rows<Sum<S>>& x, int64_t row, int64_t first, int64_t last,
@@ -241,9 +238,6 @@ void multiply_strip(const NM& p, const K& kept, const Rows<Sum<S>>& x, int64_t r
 
 // ---- the products -------------------------------------------------------------------------
 
-// Batch rows up to which W is expanded in registers, once for each two.
-constexpr int64_t kFewRows = 4;
-
 template <class S, class K>
 bool n_m_multiply(const NM& p, const K& kept, const Pool& pool) {
   using A = Sum<S>;
@@ -262,7 +256,7 @@ bool n_m_multiply(const NM& p, const K& kept, const Pool& pool) {
   const Rows<A> x = rows_of(static_cast<const S*>(p.x), depth, copy, stride);
   // A strip is whole groups of W^T's columns.
   const int64_t unit = !few ? kPanel<A> : p.transposed ? kStrip / kept.m() * kept.m() : kStrip;
-  const int64_t units = ceil_div(width, unit), chunk = few ? kFewRows : 256, chunks = ceil_div(p.rows, chunk);
+  const int64_t units = ceil_div(width, unit), chunk = few ? kFewRows : kTaskRows, chunks = ceil_div(p.rows, chunk);
   const auto multiply = [&](int64_t task, int worker) {
     const int64_t row = task / units * chunk, last = least(row + chunk, p.rows), j = task % units * unit;
     if (few) return multiply_strip<S>(p, kept, x, row, last, j, least(j + unit, width));
@@ -271,74 +265,6 @@ bool n_m_multiply(const NM& p, const K& kept, const Pool& pool) {
     multiply_panel<S>(p, x, j, row, last, panel);
   };
   const Phase phases[] = {phase(slabs, pack), phase(chunks * units, multiply)};
-  run_phases(pool, workers, phases, 2);
-  return true;
-}
-
-// Of dense rows [groups * m][panel] what is stored, for columns [j, j + panel).
-template <class S, class K>
-void compress_columns(const NM& p, const K& kept, int64_t j, const Sum<S>* dense) {
-  using A = Sum<S>;
-  constexpr int L = kLanes<A>, W = kPanel<A>;
-  using Words = Vector<typename WordOf<A>::type, L>;
-  const auto* bits = static_cast<const typename K::B*>(p.bits) + j;
-  S* values = static_cast<S*>(p.y) + j;
-  for (int64_t g = 0; g < p.groups; ++g)
-    for (int v = 0; v < W; v += L) {
-      const int64_t count = p.out - j - v;
-      Words place[K::kSlots];
-      split_bits(kept, load_words<A, L>(bits + g * p.out + v, count), place);
-      times<K::kN>(kept.n(), [&](int64_t i) INLINE_LAMBDA {
-        Vector<A, L> value{};
-        times<K::kM>(kept.m(), [&](int64_t k) INLINE_LAMBDA {
-          const Words here = splat<L>(static_cast<typename WordOf<A>::type>(1) << k);
-          if (may_be(kept, i, k)) value = place[i] == here ? load<L>(dense + (g * kept.m() + k) * W + v) : value;
-        });
-        store_some<L>(values + (g * kept.n() + i) * p.out + v, value, count);
-      });
-    }
-}
-
-// One strip of dy's columns, against all of x: dense [groups * m][panel], zeros beyond the edge.
-template <class S>
-void multiply_strips(const NM& p, const Strips<Sum<S>>& xs, const Sum<S>* x, const Sum<S>* dy, Sum<S>* dense) {
-  using A = Sum<S>;
-  constexpr int L = kLanes<A>, W = kPanel<A>;
-  __builtin_memset(dense, 0, sizeof(A) * p.groups * p.m * W);
-  for (int64_t b = 0; b < p.rows; b += kDeep)
-    for_rows<kStripRows>(0, p.in, [&](int64_t i, auto rows) {
-      Vector<A, L> sum[rows.R][2];
-      for (int r = 0; r < rows.R; ++r)
-        for (int v = 0; v < 2; ++v) sum[r][v] = load<L>(dense + (i + r) * W + v * L);
-      multiply<rows.R, 2, L, false>(sum, x + xs.at(0, i) + b * xs.stride, xs.stride, dy + b * W, W, 1,
-                                    [&](int64_t) { return Step{0, 0, least(kDeep, p.rows - b)}; });
-      for (int r = 0; r < rows.R; ++r)
-        for (int v = 0; v < 2; ++v) store<L>(dense + (i + r) * W + v * L, sum[r][v]);
-    });
-}
-
-template <class S, class K>
-bool n_m_sample(const NM& p, const K& kept, const Pool& pool) {
-  using A = Sum<S>;
-  constexpr int W = kPanel<A>;
-  const int64_t m = p.rows, units = ceil_div(p.out, W), own = p.groups * p.m * W;
-  const Strips<A> xs(m, p.in, 16), dys(m, units * W, W);
-  const int workers = workers_for(pool, double(m) * double(p.in) * double(p.out));
-  Scratch packed(sizeof(A) * (xs.size(1) + dys.size(1))), panels(sizeof(A) * own * workers);
-  if (!packed.data() || !panels.data()) return false;
-  A *x = reinterpret_cast<A*>(packed.data()), *dy = x + xs.size(1);
-  const int64_t slabs = least<int64_t>(m, 8 * workers);
-  const auto pack = [&](int64_t s, int) {
-    const int64_t first = s * m / slabs, last = (s + 1) * m / slabs;
-    xs.pack(static_cast<const S*>(p.x), p.in, first, last, x);
-    dys.pack(static_cast<const S*>(p.dy), p.out, first, last, dy);
-  };
-  const auto sample = [&](int64_t unit, int worker) {
-    A* dense = reinterpret_cast<A*>(panels.data()) + own * worker;
-    multiply_strips<S>(p, xs, x, dy + unit * m * W, dense);
-    compress_columns<S>(p, kept, unit * W, dense);
-  };
-  const Phase phases[] = {phase(slabs, pack), phase(units, sample)};
   run_phases(pool, workers, phases, 2);
   return true;
 }

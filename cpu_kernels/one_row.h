@@ -8,10 +8,6 @@
 namespace jaxsparse_cpu {
 namespace {
 
-// How far ahead of their use values and indices are fetched: the hardware alone reaches
-// two thirds to three quarters of the rate.
-constexpr int64_t kFetchBytes = 4096;
-
 // The terms of one line, in sums that lie across the lanes.
 template <int L, class S, bool kOrdered, bool kByOne>
 ALWAYS_INLINE Vector<Sum<S>, L> gather_line(const Lines& lines, int64_t line, const Sum<S>* x,
@@ -56,7 +52,7 @@ bool gather_lines(const Product& p, const Sum<S>* x, int64_t first, int64_t last
 template <class S>
 bool one_row_spmm(const Product& p, const Pool& pool) {
   using A = Sum<S>;
-  const int workers = workers_for(pool, 24. * double(p.lines.entries));
+  const int workers = workers_for(pool, kFmasPerEntry * double(p.lines.entries));
   const int64_t parts = workers == 1 ? 1 : ceil_div(p.lines.lines, kColumnsPerTask);
   const int64_t stride = packed_stride<S>(p.in);
   Scratch copy(sizeof(A) * stride + 1);

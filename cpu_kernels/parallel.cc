@@ -1,6 +1,8 @@
 // Tasks over somebody else's threads, and scratch memory that outlives a call.
 #include "parallel.h"
 
+#include "choose.h"
+
 #include <atomic>
 #include <cstdlib>
 #include <mutex>
@@ -15,7 +17,6 @@ namespace jaxsparse_cpu {
 namespace {
 
 constexpr int kMaxPhases = 2, kMaxWorkers = 256;
-constexpr double kFmasPerWorker = 1e6;
 
 struct alignas(64) Counter {
   std::atomic<int64_t> value{0};

@@ -43,7 +43,7 @@ void add_blocks(const Part<S>& part) {
 // batch too short to pay for transposing the values.
 template <class S>
 bool is_short(const Product& p) {
-  return p.width <= kLanes<Sum<S>> || (p.transposed && p.m < 16);
+  return p.width <= kLanes<Sum<S>> || (p.transposed && p.m < kRowsWorthTransposing);
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ bool tiled_spmm(const Product& p, const Pool& pool) {
   const Lines& lines = p.lines;
   const Batch<A, kMost> batch(p.m);
   // An entry costs a few cycles of its own, and loads twice as much as a block's.
-  const double each = kBlocks ? double(batch.padded * p.depth * p.width) : 24. + 2. * batch.padded;
+  const double each = kBlocks ? double(batch.padded * p.depth * p.width) : kFmasPerEntry + kFmasPerEntryAndRow * batch.padded;
   const int workers = workers_for(pool, each * double(lines.entries));
   const int64_t slabs = workers == 1 ? 1 : ceil_div(p.in, 64);
   const int64_t parts = most<int64_t>(1, ceil_div(lines.lines * p.width, kColumnsPerTask));

@@ -2,6 +2,7 @@
 // feature is a few whole vectors and a sparse entry is a load and a multiply-add each.
 #pragma once
 
+#include "choose.h"
 #include "epilogue.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -146,9 +147,6 @@ ALWAYS_INLINE void with_tile(int64_t rows, F f) {
   f(Tile<L, least(kMost, 4)>{});
 }
 
-// Bytes of packed tiles at a time: what many cores share as their last cache.
-constexpr int64_t kRoundBytes = 16 << 20;
-
 // Tiles [first, last), of which the first begins at row `begin`.
 struct Round {
   int64_t first, last, begin;
@@ -196,9 +194,6 @@ struct Batch {
     with_tile<A, kMost>(m - at, [&](auto tile) { f(tile, at); });
   }
 };
-
-// Columns of y that one task of a product with single entries or short blocks computes.
-constexpr int64_t kColumnsPerTask = 256;
 
 // One part of the lines against one tile, into sums [(last - first) * width][T].
 template <class S>

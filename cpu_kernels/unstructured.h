@@ -6,12 +6,6 @@
 namespace jaxsparse_cpu {
 namespace {
 
-// Feature slices of a tile that stay in the first-level cache while many lines read them (of a batch of one tile,
-// whose entries are read but once, the second-level cache), and how many entries of a line pay for coming back.
-constexpr int64_t kSliceBytes = 64 << 10;
-constexpr int64_t kOnlySliceBytes = 128 << 10;
-constexpr int64_t kEntriesPerSlice = 16;
-
 // sum[t] += values[k] * tile[index[k]][t] for the entries [k, end); kOrdered: values[order[k]].
 // Short tiles keep several sums, so that one multiply-add need not wait for the last.
 template <int L, int NV, class S, bool kOrdered>

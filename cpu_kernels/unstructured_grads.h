@@ -6,22 +6,6 @@
 namespace jaxsparse_cpu {
 namespace {
 
-// Vectors of a tile: with 32 registers a whole tile of 8 is held twice, as operand and as sum,
-// and one sum across lanes serves twice the batch.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kGradVectors = 8;
-#else
-constexpr int kGradVectors = 4;
-#endif
-
-// Features of a tile that stay in the second-level cache while all lines read them, and how many entries of a
-// line pay for coming back to it.
-constexpr int64_t kGradSliceBytes = 256 << 10;
-constexpr int64_t kEntriesPerVisit = 48;
-
-// Lines that one part takes at most: their operand, their sums and a slice share the second-level cache.
-constexpr int64_t kLinesPerPart = 512;
-
 // One tile against a chunk of lines. For entry k of line n:
 //   dots[k] += <own[n], other[index[k]]>    and, if kBoth,    sum[n] += values[k] * other[...]
 // `gathered` and `dots` lie in the order of the lines, so that only the first tile reads values
@@ -173,7 +157,7 @@ bool unstructured_outer(const Grads<S>& g, const Pool& pool) {
   const int64_t own_scratch = kBoth ? lines.lines * kGradVectors * kVectorBytes : 0;
   const int64_t step = batch.per_round(sizeof(A) * pair), rows = batch.row(least(step, batch.count));
   const Slices slices = slices_of(lines, g.other_width, sizeof(A) * most<int64_t>(1, batch.lanes(0)),
-                                  kGradSliceBytes, kEntriesPerVisit);
+                                  kGradSliceBytes, kEntriesPerGradSlice);
   Scratch packed(sizeof(A) * rows * pair), sums(own_scratch * workers + 1);
   Scratch ordered(sizeof(A) * entries * (kBoth ? 2 : 1)), cuts(sizeof(int32_t) * slices.starts(lines));
   if (!packed.data() || !sums.data() || !ordered.data() || !cuts.data()) return false;

@@ -7,15 +7,15 @@ if TYPE_CHECKING:
     from jaxsparse._backends import why_not
     from jaxsparse._devices import devices
     from jaxsparse._picture import plot_pattern
-    from jaxsparse._summary import summary
     from jaxsparse.costs.explaining import explain
     from jaxsparse.costs.measuring import measure
     from jaxsparse.formats import BlockPattern
     from jaxsparse.formats.n_m import NMPattern
     from jaxsparse.linen import BlockDiagDense, BlockSparseDense, SparseDense
+    from jaxsparse.models.summary import summary
     from jaxsparse.nnx import BlockDiagLinear, BlockSparseLinear, SparseLinear
     from jaxsparse.ops import block_diag_matmul, sddmm, spmm
-    from jaxsparse.roles import decay_mask
+    from jaxsparse.training.roles import decay_mask
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,12 +43,12 @@ __all__ = [
 _HOMES = {
     "BlockPattern": "jaxsparse.formats",
     "NMPattern": "jaxsparse.formats.n_m",
-    "decay_mask": "jaxsparse.roles",
+    "decay_mask": "jaxsparse.training.roles",
     "devices": "jaxsparse._devices",
     "explain": "jaxsparse.costs.explaining",
     "measure": "jaxsparse.costs.measuring",
     "plot_pattern": "jaxsparse._picture",
-    "summary": "jaxsparse._summary",
+    "summary": "jaxsparse.models.summary",
     "why_not": "jaxsparse._backends",
     **dict.fromkeys(("block_diag_matmul", "sddmm", "spmm"), "jaxsparse.ops"),
     **dict.fromkeys(("BlockDiagDense", "BlockSparseDense", "SparseDense"), "jaxsparse.linen"),

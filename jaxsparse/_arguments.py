@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from jaxsparse.formats import BlockPattern
+from typing import Any
 
 
 def features_per_block(name: str, features: int, num_blocks: int) -> int:
@@ -41,13 +38,15 @@ def refuse_empty(density: float, shape: tuple[int, int]) -> None:
         )
 
 
-def check_fits(pattern: BlockPattern, shape: tuple[int, int], name: str = "pattern") -> None:
-    """Raises ValueError unless the pattern is of an (in, out) matrix of this shape."""
+def check_fits(pattern: Any, shape: tuple[int, int], name: str = "pattern", kinds: tuple[type, ...] = ()) -> None:
+    """Raises ValueError unless it is a pattern, of these kinds or a BlockPattern, of an (in, out) matrix like this."""
     from jaxsparse.formats import BlockPattern
 
-    if not isinstance(pattern, BlockPattern):
+    kinds = kinds or (BlockPattern,)
+    if not isinstance(pattern, kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(
-            f"the {name} is a {type(pattern).__name__}, not a BlockPattern. Of what Orbax restored without a target, "
+            f"the {name} is a {type(pattern).__name__}, not a {wanted}. Of what Orbax restored without a target, "
             "jaxsparse.checkpoint.restore_patterns(variables) makes patterns again."
         )
     if pattern.shape != shape:

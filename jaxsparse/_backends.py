@@ -105,7 +105,9 @@ def _why_not_lowered(backend: str, work: Workload, platform: str) -> str | None:
 def _reason(backend: str, op: str, *how) -> str | None:
     """Not every back end has a kernel for every product; else it says itself."""
     module = BACKENDS[backend]
-    return module.why_not(op, *how) if hasattr(module, op) else f"it has no kernel for {op}"
+    if hasattr(module, op):
+        return module.why_not(op, *how)
+    return f"it has no kernel for {op}; backend=None takes one that has"
 
 
 def _one_word(platform: str) -> str:

@@ -14,7 +14,11 @@ import numpy as np
 
 from jaxsparse._arguments import check_fits, check_one, refuse_empty
 from jaxsparse._indices import Index
-from jaxsparse.formats import BlockPattern
+from jaxsparse.formats import BlockPattern, states
+from jaxsparse.formats.n_m import NMPattern
+
+Pattern = BlockPattern | NMPattern
+PATTERNS = (BlockPattern, NMPattern)
 
 # ---- initial values ---------------------------------------------------------------------------------
 
@@ -25,7 +29,7 @@ def block_diag_values(key, init, shape: tuple[int, int, int], dtype) -> Any:
     return boxed(values)
 
 
-def sparse_values(key, init, pattern: BlockPattern, dtype) -> Any:
+def sparse_values(key, init, pattern: Pattern, dtype) -> Any:
     """Values of a pattern, as a dense layer of its mean fan-in and fan-out draws them; zero beyond the edge.
 
     An initializer reads its fans off the shape it is asked for. So whole kernels of the effective fans are
@@ -75,16 +79,14 @@ def _unboxed(made: Any) -> tuple[jax.Array, Callable[[Any], Any]]:
 # ---- patterns ---------------------------------------------------------------------------------------
 
 
-def make_pattern(
-    make_key: Callable[[], jax.Array], shape: tuple[int, int], density, block, pattern, mask
-) -> BlockPattern:
+def make_pattern(make_key: Callable[[], jax.Array], shape: tuple[int, int], density, block, pattern, mask) -> Pattern:
     """The pattern of an (in, out) matrix that exactly one of `density`, `pattern` and `mask` asks for."""
     name = check_one(density, pattern, mask)
     if name == "density":
         refuse_empty(density, shape)
         return BlockPattern.random(make_key(), shape, density=density, block=block)
     pattern = pattern if name == "pattern" else BlockPattern.from_mask(mask, block)
-    check_fits(pattern, shape, name)
+    check_fits(pattern, shape, name, PATTERNS)
     return pattern
 
 
@@ -123,4 +125,21 @@ def _from_state_dict(target: BlockPattern, state: dict) -> BlockPattern:
     return pattern
 
 
+def _n_m_to_state_dict(pattern: NMPattern) -> dict:
+    sizes = ((name, getattr(pattern, name)) for name in states.N_M_NAMES[1:])
+    return {"bits": pattern.bits, **{name: np.asarray(size, np.int32) for name, size in sizes}}
+
+
+def _n_m_from_state_dict(target: NMPattern, state: dict) -> NMPattern:
+    if state.get("bits") is target.bits:
+        return target
+    if not states.is_n_m_state(state):
+        raise ValueError(f"the model has {target}, and what was saved is no NMPattern: {sorted(state)}.")
+    pattern = states.from_n_m_state(state)
+    if jax.tree.structure(pattern) != jax.tree.structure(target) or pattern.stacked != target.stacked:
+        raise ValueError(f"the saved {pattern} does not fit the model's {target}.")
+    return pattern
+
+
+flax.serialization.register_serialization_state(NMPattern, _n_m_to_state_dict, _n_m_from_state_dict, override=True)
 flax.serialization.register_serialization_state(BlockPattern, _to_state_dict, _from_state_dict, override=True)

@@ -34,10 +34,15 @@ def highest(score: Any, n: int) -> Any:
     return sum(h.astype(xp.int32) for h in higher) < n
 
 
+def dtype_of_bits(m: int) -> np.dtype:
+    """Of the integers with a bit for each row of a group."""
+    return np.dtype(np.uint8 if m <= 8 else np.uint32)
+
+
 def to_bits(stored: Bool[Array, "groups m out"]) -> UInt[Array, "groups out"]:
-    """A bit for each row of a group: 8 of them, or 32 where m is above 8."""
+    """A bit for each row of a group."""
     m = stored.shape[1]
-    dtype = jnp.uint8 if m <= 8 else jnp.uint32
+    dtype = dtype_of_bits(m)
     return (jnp.asarray(stored).astype(dtype) << jnp.arange(m, dtype=dtype)[:, None]).sum(1, dtype=dtype)
 
 

@@ -27,7 +27,6 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from jaxsparse import _arguments, _flax, ops
-from jaxsparse.formats import BlockPattern
 
 _lecun_normal = nn.initializers.lecun_normal()
 _bias_init = nn.initializers.zeros_init()
@@ -110,7 +109,7 @@ class BlockSparseDense(nn.Module):
     features: int
     density: float | None = None
     block: int | tuple[int, int] = 32
-    pattern: BlockPattern | None = None
+    pattern: _flax.Pattern | None = None
     mask: Any = None
     use_bias: bool = True
     dtype: Dtype | None = None
@@ -137,7 +136,7 @@ class SparseDense(nn.Module):
     Attributes:
       features: number of outputs.
       density: the fraction of entries that exist, at random places, as in `BlockSparseDense`. At least one entry.
-      pattern: a BlockPattern of shape (in, features).
+      pattern: a BlockPattern, or an NMPattern for n of every m inputs, of shape (in, features).
       mask: an (in, features) array; an entry exists where it is set. Arrays make a module unhashable: where it must be
         a static argument or a key, give the pattern instead, BlockPattern.from_mask(mask).
       use_bias, dtype, param_dtype, precision, kernel_init, bias_init, activation, backend, seed: as in
@@ -151,7 +150,7 @@ class SparseDense(nn.Module):
 
     features: int
     density: float | None = None
-    pattern: BlockPattern | None = None
+    pattern: _flax.Pattern | None = None
     mask: Any = None
     use_bias: bool = True
     dtype: Dtype | None = None
@@ -171,7 +170,7 @@ class SparseDense(nn.Module):
 def _sparse(layer: BlockSparseDense | SparseDense, x: jax.Array, block) -> jax.Array:
     shape = (jnp.shape(x)[-1], layer.features)
 
-    def draw() -> BlockPattern:
+    def draw() -> _flax.Pattern:
         key = functools.partial(_pattern_key, layer)
         return _flax.make_pattern(key, shape, layer.density, block, layer.pattern, layer.mask)
 
@@ -182,7 +181,7 @@ def _sparse(layer: BlockSparseDense | SparseDense, x: jax.Array, block) -> jax.A
             "beside the parameters, model.apply({'params': params, 'pattern': variables['pattern']}, x)."
         )
     pattern = layer.variable("pattern", "pattern", draw).value
-    _arguments.check_fits(pattern, shape)
+    _arguments.check_fits(pattern, shape, kinds=_flax.PATTERNS)
     kernel = layer.param("kernel", _flax.sparse_values, layer.kernel_init, pattern, layer.param_dtype)
     x, kernel, bias = promote_dtype(x, kernel, _bias(layer), dtype=layer.dtype)
     return ops.spmm(

@@ -22,7 +22,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jax.sharding import PartitionSpec
 
 from jaxsparse import _arguments, _flax, ops
-from jaxsparse.formats import BlockPattern
+from jaxsparse.formats import states
 
 _kernel_init = nnx.initializers.lecun_normal()
 _bias_init = nnx.initializers.zeros_init()
@@ -30,7 +30,7 @@ _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 
 class Pattern(nnx.Variable):
-    """Holds a BlockPattern: read it with `get_value()`, replace it with `set_value(...)`.
+    """Holds a BlockPattern or an NMPattern: read it with `get_value()`, replace it with `set_value(...)`.
 
     It takes also the dict that Orbax makes of a pattern, which `BlockPattern.from_state` then checks; so do
     `nnx.update` and `nnx.merge` of a pure dict. One of another shape or block than the pattern in place is refused.
@@ -144,7 +144,7 @@ class BlockSparseLinear(nnx.Module):
         *,
         density: float | None = None,
         block: int | tuple[int, int] = 32,
-        pattern: BlockPattern | None = None,
+        pattern: _flax.Pattern | None = None,
         mask: Any = None,
         use_bias: bool = True,
         dtype: Dtype | None = None,
@@ -188,7 +188,8 @@ class SparseLinear(BlockSparseLinear):
 
     The kernel has one dimension, which many training scripts exempt from weight decay: use `jaxsparse.decay_mask`.
 
-    Args: as for `BlockSparseLinear`, without `block`.
+    Args: as for `BlockSparseLinear`, without `block`. As `pattern` an NMPattern stores n of every m inputs; the kernel
+      is then [groups, n, out].
     """
 
     def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs, **options):
@@ -210,11 +211,9 @@ def _as_pattern(value: Any, before: Any = None) -> Any:
     if not isinstance(value, Mapping):
         return value
     value = value["value"] if set(value) == {"value"} else value  # so does Orbax save a variable
-    pattern = BlockPattern.from_state(value)
-    if isinstance(before, BlockPattern):
-        sizes = [(p.shape, p.block, p.transposed) for p in (pattern, before)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"the saved {pattern} does not fit the layer's {before}: make the layer as it was saved.")
+    pattern = states.from_any_state(value)
+    if isinstance(before, _flax.PATTERNS) and jax.tree.structure(pattern) != jax.tree.structure(before):
+        raise ValueError(f"the saved {pattern} does not fit the layer's {before}: make the layer as it was saved.")
     return pattern
 
 

@@ -32,6 +32,21 @@ def test_the_kernels_are_in_the_program_that_runs(backend):
     assert "jaxsparse_cpu_block_diag_outer" in text
 
 
+ROWS = {  # of a kernel: a product of rows, which vmap hands it one after the other if nobody folds them
+    "spmm": lambda x: spmm(x, W, PATTERN),
+    "spmm, both ways": jax.grad(lambda x: jnp.square(spmm(x, W, PATTERN)).sum()),
+    "block_diag_matmul": lambda x: block_diag_matmul(x, jnp.ones((4, 12, 8))),
+}
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_under_vmap_are_one_call_of_the_kernel(name):
+    alone, batched = (jax.jit(f).lower(X).as_text() for f in (ROWS[name], jax.vmap(ROWS[name])))
+    call = f"custom_call @jaxsparse_cpu_{name.partition(',')[0]}"
+    assert alone.count(call) == batched.count(call) > 0 and "while" not in batched
+
+
 @needs_cpu
 def test_both_gradients_of_an_unstructured_weight_are_one_kernel_and_one_alone_is_not():
     pattern = BlockPattern.random(jax.random.key(0), (48, 32), density=0.3)

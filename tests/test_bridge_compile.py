@@ -19,7 +19,9 @@ from torch_bridge import BlockSparseLinear, BridgeError, from_flax, jax2torch
 from torch_bridge.function import TracedFunction
 from torch_bridge.operator import handle_of
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's own
+pytestmark = pytest.mark.filterwarnings(  # torch's own
+    "ignore:.*torch.jit.*:DeprecationWarning", "ignore:`isinstance.treespec, LeafSpec.`:FutureWarning"
+)
 
 
 class Net(linen.Module):

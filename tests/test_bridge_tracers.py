@@ -21,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torch_bridge
 from torch_bridge import BlockDiagLinear, BridgeError, SparseLinear, from_flax, jax2torch, products
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's own
+pytestmark = pytest.mark.filterwarnings(  # torch's own
+    "ignore:.*torch.jit.*:DeprecationWarning", "ignore:`isinstance.treespec, LeafSpec.`:FutureWarning"
+)
 
 
 class Function(nn.Module):

@@ -9,6 +9,7 @@ from sweeps import rows_mostly_slow
 from test_formats import check_valid
 
 from jaxsparse import BlockPattern, dynamic, pruning, spmm
+from jaxsparse.training import dynamic as moving
 
 KEY = jax.random.key(0)
 
@@ -44,10 +45,10 @@ def oracle(blocks, pattern, x, dy, count):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(dynamic, "CHUNK", 256)
-    dynamic._rigl.clear_cache()
+    monkeypatch.setattr(moving, "CHUNK", 256)
+    moving._rigl.clear_cache()
     yield
-    dynamic._rigl.clear_cache()
+    moving._rigl.clear_cache()
 
 
 CASES = [  # shape, block, density, whether the drop fraction is traced
@@ -266,15 +267,15 @@ def test_rigl_makes_a_bounded_part_of_the_dense_gradient(block, monkeypatch):
 
     def temporaries():
         move = jax.jit(lambda b, p, x: dynamic.rigl(b, p, (), x=x, dy=x, drop_fraction=0.3))
-        dynamic._rigl.clear_cache()
+        moving._rigl.clear_cache()
         return move.lower(blocks, pattern, x).compile().memory_analysis().temp_size_in_bytes
 
     features = 2 * 4 * 4 * 8192
-    bound = 64 * dynamic.CHUNK + 48 * pattern.nnzb + 2 * features
+    bound = 64 * moving.CHUNK + 48 * pattern.nnzb + 2 * features
     assert temporaries() < bound < 0.2 * 4 * 8192**2
-    monkeypatch.setattr(dynamic, "CHUNK", 2**30)
+    monkeypatch.setattr(moving, "CHUNK", 2**30)
     assert temporaries() > 4 * 8192**2  # the whole gradient at once would be seen
-    dynamic._rigl.clear_cache()
+    moving._rigl.clear_cache()
 
 
 @pytest.mark.parametrize("density,batch", [(0.0, 3), (1.0, 3), (0.2, 0)])

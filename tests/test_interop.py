@@ -6,8 +6,9 @@ import pytest
 import scipy.sparse
 from jax.experimental import sparse as jsparse
 
-from jaxsparse import BlockPattern, _indices, _interop, reference, spmm, testing
+from jaxsparse import BlockPattern, _indices, reference, spmm, testing
 from jaxsparse.files import weights
+from jaxsparse.formats import interop
 
 
 @pytest.mark.parametrize("name", ["wide unstructured", "tall blocks of 32x16", "odd blocks of 7x5"])
@@ -183,7 +184,7 @@ def test_values_that_scipy_has_no_matrices_of_are_refused_by_their_dtype(dtype):
 
 def test_a_matrix_of_more_entries_than_int32_counts_is_refused_before_anything_is_made(monkeypatch):
     monkeypatch.setattr(_indices, "INT32_MAX", 7)
-    monkeypatch.setattr(_interop, "INT32_MAX", 7)
+    monkeypatch.setattr(interop, "INT32_MAX", 7)
     for m in (scipy.sparse.csr_array(CIRCLE), scipy.sparse.csc_array(CIRCLE), scipy.sparse.coo_array(CIRCLE)):
         with pytest.raises(ValueError, match="8 entries are more than int32 can index"):
             BlockPattern.from_scipy(m)

@@ -11,18 +11,25 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NUMERIC = {"jax", "numpy", "jaxtyping"}
 BASE = {"jaxsparse._groups", "jaxsparse._indices", "jaxsparse._sizes"}
-FORMATS = BASE | {"jaxsparse.formats"}
+FORMATS = BASE | {"jaxsparse.formats", "jaxsparse.formats.interop", "jaxsparse.formats.n_m"}
 FILES = {"jaxsparse.files._limits", "jaxsparse.files.layouts", "jaxsparse.files.weights"}
 # What torch.save wrote, torch alone can read; and the top of the house says what torch does where it is installed.
 TORCH_COMPETES = "jaxsparse/bench/in_torch.py"  # imported where torch is installed
 KNOW_TORCH = {
     "jaxsparse/files/_torch.py": {"torch"},
     "jaxsparse/_devices.py": {"torch"},
-    "jaxsparse/_summary.py": {"torch_bridge.summary"},
+    "jaxsparse/models/summary.py": {"torch_bridge.summary"},
     TORCH_COMPETES: {"torch", "torch.nn.functional", "torch_bridge.nn"},
 }
 OPS = FORMATS | {"jaxsparse.ops"}
 PRODUCTS = {"jaxsparse._backends", *(f"jaxsparse.products.{name}" for name in ("_epilogue", "_rules", "_shards"))}
+TRAINING = {"jaxsparse.training", *(f"jaxsparse.training.{name}" for name in ("_carry", "_places", "_replicas"))}
+CHECKPOINT = {"jaxsparse.checkpoint", "jaxsparse.checkpoint.trees"}
+LAYERS = {"flax", "jaxsparse.formats", "jaxsparse.formats.n_m", "jaxsparse.linen", "jaxsparse.nnx"}
+MODELS = {
+    "jaxsparse.models",
+    *(f"jaxsparse.models.{name}" for name in ("_densify", "_layers", "report", "rules", "summary")),
+}
 COSTS = {
     "jaxsparse.costs",
     *(f"jaxsparse.costs.{name}" for name in ("advising", "explaining", "layers", "machine", "measuring", "model")),
@@ -36,13 +43,13 @@ TABLE = {
         "jaxsparse._backends",
         "jaxsparse._devices",
         "jaxsparse._picture",
-        "jaxsparse._summary",
+        "jaxsparse.models.summary",
         "jaxsparse.formats",
         "jaxsparse.formats.n_m",
         "jaxsparse.ops",
         "jaxsparse.linen",
         "jaxsparse.nnx",
-        "jaxsparse.roles",
+        "jaxsparse.training.roles",
         "jaxsparse.costs.explaining",
         "jaxsparse.costs.measuring",
     },
@@ -53,17 +60,12 @@ TABLE = {
     "jaxsparse/formats/__init__.py": {"jaxsparse.formats.block"},
     "jaxsparse/formats/block.py": NUMERIC
     | BASE
-    | {
-        "jaxsparse._interop",
-        "jaxsparse._parts",
-        "jaxsparse._parts.Parts",
-        "jaxsparse._picture",
-        "jaxsparse._states",
-        "scipy",
-    },
+    | FORMATS
+    | {"jaxsparse._picture", "jaxsparse.formats._parts", "scipy"},
+    "jaxsparse/formats/interop.py": NUMERIC | FORMATS | {"scipy"},
+    "jaxsparse/formats/states.py": NUMERIC | FORMATS,
+    "jaxsparse/formats/_parts.py": NUMERIC | FORMATS,
     "jaxsparse/formats/n_m.py": NUMERIC | BASE | {"jaxsparse.formats.block"},
-    "jaxsparse/_parts.py": NUMERIC | FORMATS,
-    "jaxsparse/_interop.py": NUMERIC | FORMATS | {"scipy"},
     "jaxsparse/reference.py": {"numpy", "jaxsparse.formats"},
     "jaxsparse/_xla.py": NUMERIC | BASE,
     "jaxsparse/_measured.py": {"jaxsparse._sizes"},
@@ -85,11 +87,9 @@ TABLE = {
     "jaxsparse/exporting.py": {"jax", "cpu_kernels"},
     "jaxsparse/ops.py": NUMERIC
     | {"jaxsparse.formats", "jaxsparse.formats.n_m", "jaxsparse._backends", "jaxsparse._xla", "jaxsparse.products"},
-    "jaxsparse/_flax.py": NUMERIC | FORMATS | {"flax", "jaxsparse._arguments", "jaxsparse._states"},
+    "jaxsparse/_flax.py": NUMERIC | FORMATS | {"flax", "jaxsparse._arguments"},
     "jaxsparse/linen.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},
     "jaxsparse/nnx.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},
-    "jaxsparse/roles.py": {"jax", "jaxsparse.formats"},
-    "jaxsparse/_rules.py": {"jaxsparse._sizes", "jaxsparse.costs.racing"},
     "jaxsparse/costs/__init__.py": set(),
     "jaxsparse/costs/racing.py": set(),
     "jaxsparse/costs/words.py": set(),
@@ -101,38 +101,36 @@ TABLE = {
     "jaxsparse/costs/explaining.py": COSTS,
     "jaxsparse/cli/explain.py": {"typer", "jaxsparse.cli._output"} | COSTS,
     "jaxsparse/costs/_in_jax.py": NUMERIC | FORMATS | {"optax", "jaxsparse.ops", "jaxsparse.costs.layers"},
-    "jaxsparse/_densify.py": NUMERIC
-    | {"flax", "jaxsparse.formats", "jaxsparse.linen", "jaxsparse.nnx", "jaxsparse._xla"},
-    "jaxsparse/_kept.py": NUMERIC | {"jaxsparse._arguments", "jaxsparse._rules", "jaxsparse.formats"},
-    "jaxsparse/_flax_races.py": {"jax", "flax", "jaxsparse._rules", "jaxsparse.costs.racing"},
-    "jaxsparse/surgery.py": NUMERIC
-    | {
-        "flax",
-        "jaxsparse.formats",
-        "jaxsparse._densify",
-        "jaxsparse._flax_races",
-        "jaxsparse._kept",
-        "jaxsparse._rules",
-    }
-    | {"jaxsparse.costs.racing"}
-    | {"jaxsparse.linen", "jaxsparse.nnx"},
-    "jaxsparse/_select.py": NUMERIC,
-    "jaxsparse/_places.py": NUMERIC | FORMATS | {"jaxsparse._select"},
-    "jaxsparse/_replicas.py": {"jax"},
-    "jaxsparse/_carry.py": NUMERIC | {"jaxsparse._replicas"},
-    "jaxsparse/pruning.py": NUMERIC | {"jaxsparse._sizes"} | {"optax", "jaxsparse._select"},
-    "jaxsparse/dynamic.py": NUMERIC
-    | FORMATS
-    | {"jaxsparse._carry", "jaxsparse._places", "jaxsparse._replicas", "jaxsparse._select"},
+    "jaxsparse/surgery.py": MODELS | {"jaxsparse.models.in_linen", "jaxsparse.models.in_nnx"},
+    "jaxsparse/models/__init__.py": set(),
+    "jaxsparse/models/rules.py": {"jaxsparse._sizes"},
+    "jaxsparse/models/report.py": {"jaxsparse.costs.racing"} | MODELS,
+    "jaxsparse/models/_kept.py": NUMERIC | {"jaxsparse._arguments", "jaxsparse.formats"} | MODELS,
+    "jaxsparse/models/_races.py": {"jax", "flax", "jaxsparse.costs.racing"} | MODELS,
+    "jaxsparse/models/_densify.py": NUMERIC | LAYERS | MODELS | {"jaxsparse._xla"},
+    "jaxsparse/models/_layers.py": NUMERIC | LAYERS | MODELS,
+    "jaxsparse/models/in_nnx.py": NUMERIC | LAYERS | MODELS | {"jaxsparse.costs.racing"},
+    "jaxsparse/models/in_linen.py": NUMERIC | LAYERS | MODELS | {"jaxsparse.costs.racing"},
+    "jaxsparse/models/summary.py": {"rich", "jaxsparse._text", "torch_bridge.summary"} | MODELS,
+    "jaxsparse/models/_summary_flax.py": {"jax"} | LAYERS | MODELS,
+    "jaxsparse/pruning.py": {"jaxsparse.training.pruning"},
+    "jaxsparse/dynamic.py": {"jaxsparse.training.dynamic"},
+    "jaxsparse/training/__init__.py": set(),
+    "jaxsparse/training/_select.py": NUMERIC,
+    "jaxsparse/training/_places.py": NUMERIC | FORMATS | TRAINING,
+    "jaxsparse/training/_replicas.py": {"jax"},
+    "jaxsparse/training/_carry.py": NUMERIC | TRAINING,
+    "jaxsparse/training/pruning.py": NUMERIC | {"jaxsparse._sizes", "optax"} | TRAINING,
+    "jaxsparse/training/dynamic.py": NUMERIC | FORMATS | TRAINING,
+    "jaxsparse/training/roles.py": {"jax"} | FORMATS,
     "jaxsparse/convert.py": {"numpy", "jaxtyping", "jaxsparse.formats"},
-    "jaxsparse/_states.py": NUMERIC | FORMATS,
-    "jaxsparse/_trees.py": NUMERIC | FORMATS,
-    "jaxsparse/_targets.py": NUMERIC | FORMATS | {"jaxsparse._trees"},
-    "jaxsparse/checkpoint.py": NUMERIC | {"jaxsparse._states", "jaxsparse._targets", "jaxsparse._trees"},
+    "jaxsparse/checkpoint/__init__.py": NUMERIC | {"jaxsparse.formats"} | CHECKPOINT,
+    "jaxsparse/checkpoint/targets.py": NUMERIC | FORMATS | CHECKPOINT,
+    "jaxsparse/checkpoint/trees.py": NUMERIC | FORMATS,
     "jaxsparse/files/__init__.py": {"numpy", "safetensors", "jaxsparse.files", "jaxsparse.files.weights"},
     "jaxsparse/files/_limits.py": set(),
     "jaxsparse/files/_npz.py": {"numpy", "scipy", "jaxsparse.formats"} | FILES,
-    "jaxsparse/files/_text.py": {"numpy", "jaxsparse._interop"} | FORMATS | FILES,
+    "jaxsparse/files/_text.py": {"numpy"} | FORMATS | FILES,
     "jaxsparse/files/layouts.py": {"numpy", "jaxsparse._indices", "jaxsparse._sizes", "jaxsparse.formats"},
     "jaxsparse/files/_torch.py": {"jax", "numpy", "torch", "jaxsparse.files"} | FILES,
     "jaxsparse/files/weights.py": NUMERIC | FORMATS,
@@ -140,9 +138,6 @@ TABLE = {
     "jaxsparse/_devices.py": {"jax", "torch", "cpu_kernels", "jaxsparse._backends", "jaxsparse._measured"}
     | {"jaxsparse._devices_table", "jaxsparse._text"},
     "jaxsparse/_devices_table.py": {"rich", "jaxsparse._devices"},
-    "jaxsparse/_summary.py": {"rich", "jaxsparse._summary_flax", "jaxsparse._text", "torch_bridge.summary"},
-    "jaxsparse/_summary_flax.py": {"jax", "flax", "jaxsparse._summary", "jaxsparse.formats"}
-    | {"jaxsparse.linen", "jaxsparse.nnx"},
     "jaxsparse/_picture.py": {"jax", "numpy", "matplotlib", "jaxsparse.formats"},
     "jaxsparse/_matrices.py": {"jax", "numpy", "orbax", "etils", "jaxsparse.checkpoint", "jaxsparse.files"} | FORMATS,
     "jaxsparse/_findings.py": {"numpy", "jaxsparse._matrices", "jaxsparse.formats"},
@@ -250,15 +245,15 @@ SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
     "_compressed.py": {"jaxsparse.files", "jaxsparse.files.layouts", "jaxsparse.formats"},
     "_matrix.py": {"cpu_kernels", "jaxsparse._sizes"},
     "_dense.py": {"jaxsparse._sizes", "jaxsparse.formats"},
-    "checkpoint.py": {"jaxsparse._targets", "jaxsparse._trees", "jaxsparse.checkpoint"},
+    "checkpoint.py": CHECKPOINT,
     "_in_jax.py": {"jaxsparse._indices", "jaxsparse.formats", "jaxsparse.ops"},
     "_stored.py": {"jaxsparse._arguments", "jaxsparse._sizes", "jaxsparse.formats"},
     "dynamic.py": {"jaxsparse.dynamic"},
     "nn.py": {"jaxsparse._arguments", "jaxsparse.formats"},
     "costs.py": {"jaxsparse.costs.layers"},
-    "patch.py": {"jaxsparse._rules", "jaxsparse.costs.racing"},
-    "summary.py": {"jaxsparse._summary"},
-    "hugging_face.py": {"jaxsparse._rules", "jaxsparse._sizes"},
+    "patch.py": {"jaxsparse.models.report", "jaxsparse.models.rules", "jaxsparse.costs.racing"},
+    "summary.py": {"jaxsparse.models.summary"},
+    "hugging_face.py": {"jaxsparse.models.rules", "jaxsparse._sizes"},
 }
 
 

@@ -1,18 +1,23 @@
 """N:M sparsity: the pattern, and its products against the oracle, on every back end that has them."""
 
 import functools
+import pickle
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 from sweeps import mostly_slow
 from test_transformations import TRANSFORMATIONS, compiled, draw, list_of, of_pattern
 
 import cpu_kernels
-from jaxsparse import BlockPattern, NMPattern, sddmm, spmm, testing, why_not
+import jaxsparse
+from jaxsparse import BlockPattern, NMPattern, checkpoint, sddmm, spmm, surgery, testing, why_not
 
-BACKENDS = [name for name in ("cpu", "xla") if why_not(name, "n_m_spmm") is None]
+BUILT = why_not("cpu", "n_m_spmm") is None
+BACKENDS = [*[None] * BUILT, "xla"]  # None takes x W of C++, which has no sampled product, and x^T dy of XLA
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 CASES = {  # (n, m), (in, out), leading dimensions
     "2:4": ((2, 4), (64, 48), (24,)),
@@ -100,7 +105,7 @@ def test_the_products_in_float64(backend, x64):
         check(make(n_m, shape), batch, jnp.float64, backend)
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ kernels were not built")
+@pytest.mark.skipif(not BUILT, reason="the C++ kernels were not built")
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_other_instruction_sets_multiply_alike(isa):
     before = cpu_kernels.isa()
@@ -111,8 +116,8 @@ def test_other_instruction_sets_multiply_alike(isa):
     try:
         for name in ("2:4, several panels", "2:4, three rows", "5:12"):
             n_m, shape, batch = CASES[name]
-            check(make(n_m, shape), batch, jnp.float32, "cpu")
-            check(make(n_m, shape[::-1]).T, batch, jnp.bfloat16, "cpu")
+            check(make(n_m, shape), batch, jnp.float32, None)
+            check(make(n_m, shape[::-1]).T, batch, jnp.bfloat16, None)
     finally:
         cpu_kernels.use_isa(before)
 
@@ -146,13 +151,13 @@ def test_the_sampled_product_of_either_view_and_its_derivatives(backend):
         np.testing.assert_allclose(*several, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ kernels were not built")
+@pytest.mark.skipif(not BUILT, reason="the C++ kernels were not built")
 def test_the_kernels_are_in_the_program_and_several_rows_are_one_call():
     pattern = make()
     loss = lambda x, w: spmm(x, w, pattern).sum()  # noqa: E731
     x, values = jnp.ones((3, 8)), jnp.ones(pattern.values_shape)
     text = jax.jit(jax.grad(loss, (0, 1))).lower(x, values).as_text()
-    assert "jaxsparse_cpu_n_m_spmm" in text and "jaxsparse_cpu_n_m_sddmm" in text
+    assert "jaxsparse_cpu_n_m_spmm" in text and "n_m_sddmm" not in text
     text = jax.jit(jax.vmap(lambda x: spmm(x, values, pattern))).lower(x).as_text()
     assert text.count("custom_call @jaxsparse_cpu_n_m_spmm") == 1 and "while" not in text
 
@@ -213,6 +218,7 @@ def test_patterns_are_traced_stacked_and_compiled_for_once():
 
 
 MASK = np.tile(np.array([[1], [1], [0], [0]]), (2, 3))
+BITS = np.full((2, 3), 3, np.uint8)
 SINGLE = BlockPattern.from_mask(np.ones((4, 1)))
 REFUSED = {
     "too many of a mask": (lambda: NMPattern.from_mask(MASK, n=1, m=4), "inputs 0 to 3 of output 0 have 2 .*6 such"),
@@ -229,6 +235,16 @@ REFUSED = {
     ),
     "values": (lambda: spmm(jnp.ones((3, 8)), jnp.ones((2, 3, 12)), make()), "values have shape .*2 of every 4 inputs"),
     "gather": (lambda: make().gather(jnp.ones((12, 8))), r"shape \(8, 12\), got \(12, 8\)"),
+    "bits of another dtype": (
+        lambda: NMPattern.from_bits(np.full((2, 3), 3), n=2, m=4, shape=(8, 3)),
+        r"bits are int64 of shape \(2, 3\), but 2:4 of a \(8, 3\) matrix needs uint8 \(2, 3\)",
+    ),
+    "bits of another matrix": (lambda: NMPattern.from_bits(BITS, n=2, m=4, shape=(2, 12)), r"needs uint8 \(1, 12\)"),
+    "bits of another n": (
+        lambda: NMPattern.from_bits(BITS, n=1, m=4, shape=(8, 3)),
+        r"bits\[0, 0\] is 11, of which 1",
+    ),
+    "a bit above m": (lambda: NMPattern.from_bits(BITS * 6, n=2, m=4, shape=(8, 3)), "is 10010, of which 2 of the 4"),
     "features": (lambda: spmm(jnp.ones((3, 9)), jnp.ones((2, 2, 12)), make()), "8 features"),
 }
 
@@ -241,5 +257,115 @@ def test_bad_input_raises_with_the_numbers(name):
 
 
 def test_back_ends_without_these_products_say_so():
+    x, values = jnp.ones((3, 8)), jnp.ones((2, 2, 12))
     with pytest.raises(NotImplementedError, match="'triton' can't run n_m_spmm here: it has no kernel for n_m_spmm"):
-        spmm(jnp.ones((3, 8)), jnp.ones((2, 2, 12)), make(), backend="triton")
+        spmm(x, values, make(), backend="triton")
+    loss = lambda x, w: spmm(x, w, make(), backend="cpu").sum()  # noqa: E731
+    with pytest.raises(NotImplementedError, match="'cpu' can't run n_m_sddmm here.*backend=None takes one that has"):
+        jax.jit(jax.grad(loss, 1))(x, values)
+    if BUILT:
+        np.testing.assert_array_equal(jax.grad(loss)(x, values), jax.grad(lambda x: spmm(x, values, make()).sum())(x))
+
+
+# ---- layers, and what goes with them --------------------------------------------------------------
+
+
+LAYERS = {  # by framework: the layer of a pattern, its parameters and collections, and what applies them
+    "Linen": lambda pattern: jaxsparse.SparseDense(pattern.shape[1], pattern=pattern),
+    "NNX": lambda pattern: jaxsparse.SparseLinear(*pattern.shape, pattern=pattern, rngs=nnx.Rngs(0)),
+}
+
+
+def layer_of(kind, pattern):
+    """(kernel, function of (kernel, x)) of a fresh layer."""
+    layer, x = LAYERS[kind](pattern), jnp.ones((2, pattern.shape[0]))
+    if kind == "Linen":
+        variables = layer.init(jax.random.key(0), x)
+        return variables["params"]["kernel"], lambda kernel, x: layer.apply(
+            {**variables, "params": {**variables["params"], "kernel": kernel}}, x
+        )
+    graph, state = nnx.split(layer)
+
+    def apply(kernel, x):
+        return nnx.merge(graph, nnx.State({**state, "kernel": state["kernel"].replace(kernel)}))(x)
+
+    return layer.kernel[...], apply
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_computes_its_dense_matrix_and_starts_at_zero_beyond_the_edge(kind):
+    pattern = make((2, 4), (9, 6))
+    kernel, apply = layer_of(kind, pattern)
+    x = testing.normal(0, (5, 9), jnp.float32)
+    np.testing.assert_allclose(apply(kernel, x), x @ pattern.to_dense(kernel), rtol=1e-5, atol=1e-6)
+    want = jax.grad(lambda w: jnp.square(x @ pattern.to_dense(w)).sum())(kernel)
+    got = jax.grad(lambda w: jnp.square(apply(w, x)).sum())(kernel)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    inside = gather(np.ones(pattern.shape, bool), pattern)
+    assert not np.asarray(kernel)[~inside].any() and np.asarray(kernel)[inside].all() and not inside.all()
+    np.testing.assert_array_equal(pattern.edge_mask(), inside)
+    assert make().edge_mask() is None
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_values_are_drawn_from_the_effective_fan_in(kind):
+    kernel, _ = layer_of(kind, make((2, 4), (512, 64)))
+    assert abs(float(jnp.std(kernel)) * 256**0.5 - 1) < 0.1
+
+
+def test_a_full_layer_draws_what_a_dense_one_draws():
+    pattern, x = make((4, 4), (8, 6)), jnp.ones((1, 8))
+    sparse, dense = jaxsparse.SparseDense(6, pattern=pattern), linen.Dense(6)
+    kernel = sparse.init(jax.random.key(0), x)["params"]["kernel"]
+    np.testing.assert_array_equal(pattern.to_dense(kernel), dense.init(jax.random.key(0), x)["params"]["kernel"])
+
+
+def saved_and_loaded(how, tree, folder):
+    """What comes back without a target."""
+    if how == "checkpoint":
+        checkpoint.save(folder / "c", tree)
+        return checkpoint.load(folder / "c")
+    if how == "msgpack":
+        restored = flax.serialization.msgpack_restore(flax.serialization.to_bytes(tree))
+    else:  # as Orbax has it: every leaf by the names in its path
+        restored = {}
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            *parents, last = [getattr(key, "key", getattr(key, "name", None)) for key in path]
+            node = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, restored)
+            node[last] = np.asarray(leaf)
+    return checkpoint.restore_patterns(restored)
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "msgpack", "leaves"])
+def test_variables_with_a_pattern_come_back(how, tmp_path):
+    layer = jaxsparse.SparseDense(6, pattern=make((5, 12), (6, 20)).T)
+    with pytest.raises(ValueError, match="pattern is of a"):
+        layer.init(jax.random.key(0), jnp.ones((2, 6)))
+    layer = jaxsparse.SparseDense(6, pattern=make((5, 12), (6, 20)).T)
+    variables = layer.init(jax.random.key(0), jnp.ones((2, 20)))
+    got = saved_and_loaded(how, variables, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, got, variables)
+    assert jax.tree.structure(got) == jax.tree.structure(variables)
+    if how == "msgpack":
+        other = jaxsparse.SparseDense(6, pattern=make((4, 12), (6, 20)).T).init(jax.random.key(0), jnp.ones((2, 20)))
+        with pytest.raises(ValueError, match="the saved NMPattern.*5:12.* does not fit the model's"):
+            flax.serialization.from_state_dict(other, flax.serialization.to_state_dict(variables))
+
+
+def test_an_nnx_layer_takes_the_dict_of_its_pattern_and_refuses_that_of_another():
+    layer = LAYERS["NNX"](make(seed=0))
+    states = [{"bits_2of4_8x12": np.asarray(make(seed=k).bits)} for k in range(2)]
+    layer.pattern.set_value(states[1])
+    np.testing.assert_array_equal(layer.pattern.get_value().bits, states[1]["bits_2of4_8x12"])
+    with pytest.raises(ValueError, match="does not fit the layer's"):
+        layer.pattern.set_value({"bits_1of4_8x12": np.ones((2, 12), np.uint8)})
+
+
+def test_a_layer_is_summed_up_pickled_and_made_dense():
+    layer = LAYERS["NNX"](make())
+    (row,) = jaxsparse.summary(layer)
+    assert (row.shape, row.block, row.density, row.flops) == ((8, 12), (1, 1), 0.5, 2 * 48)
+    assert row.bytes == 4 * (48 + 12) + 2 * 12
+    np.testing.assert_array_equal(surgery.densify(layer).kernel[...], make().to_dense(layer.kernel[...]))
+    again = pickle.loads(pickle.dumps(LAYERS["Linen"](make())))
+    np.testing.assert_array_equal(again.pattern.bits, make().bits)

@@ -1,5 +1,6 @@
 """Importing the package is light, and its parts are where they are said to be."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -43,3 +44,32 @@ def test_layers_are_resolved_at_first_use():
     assert set(jaxsparse.__all__) <= set(dir(jaxsparse))
     with pytest.raises(AttributeError, match="no attribute 'Dense'"):
         _ = jaxsparse.Dense
+
+
+DOORS = {
+    "jaxsparse.dynamic": "CHUNK compact gradual move rigl set_",
+    "jaxsparse.pruning": "Schedule budget cyclic erk one_shot polynomial prune_updates score top_k top_mask uniform",
+    "jaxsparse.surgery": "SparsifiedLinen densify densify_variables keep_faster sparsify sparsify_linen "
+    "sparsify_variables",
+}
+
+
+@pytest.mark.parametrize("path", DOORS)
+def test_a_door_leads_to_all_that_stands_behind_it(path):
+    door = importlib.import_module(path)
+    assert door.__all__ == DOORS[path].split()
+    homes = {getattr(getattr(door, name), "__module__", "typing") for name in door.__all__}
+    homes = [importlib.import_module(home) for home in homes if home.startswith("jaxsparse.")]
+    here = {n for m in homes for n, v in vars(m).items() if getattr(v, "__module__", "") == m.__name__ and n[0] != "_"}
+    assert here and here <= set(door.__all__), "a public function without its public name"
+
+
+def test_every_planted_fault_fits_the_code_and_names_a_test():
+    spec = importlib.util.spec_from_file_location("mutants", ROOT / "tools/mutants.py")
+    mutants = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutants)
+    for fault in mutants.MUTANTS:
+        path, _, test = fault.test.partition("::")
+        assert (ROOT / fault.file).read_text().count(fault.right) == 1, fault.name
+        assert f"\ndef {test}(" in (ROOT / path).read_text(), fault.name
+    assert len({fault.name for fault in mutants.MUTANTS}) == len(mutants.MUTANTS) > 0

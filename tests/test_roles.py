@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 
 import jaxsparse
-from jaxsparse import BlockPattern, decay_mask
+from jaxsparse import BlockPattern, NMPattern, decay_mask
 from jaxsparse.files import SparseMatrix
 
 
@@ -77,6 +77,8 @@ def test_values_beside_their_pattern_decay():
     assert decaying([(pattern, values), (other, pattern.T), (values,)]) == {"0.1"}
     assert decaying({"w": (pattern, jnp.ones((2, *pattern.values_shape)))}) == {"w.1"}
     assert decaying({"bias": values, "pattern": pattern}) == set()
+    of_m = NMPattern.random(jax.random.key(0), (8, 6), n=2, m=4)
+    assert decaying({"w": (of_m, jnp.ones(of_m.values_shape), other)}) == {"w.1"}
     assert decaying(jnp.ones((2, 2))) == {""} and decaying(other) == set()
 
 

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxsparse._rules import Report, Row, Rule, decide, parse, passed_over
+from jaxsparse.models.report import Report, Row
+from jaxsparse.models.rules import Rule, decide, parse, passed_over
 
 LAYERS = ["encoder.0.up", "encoder.0.down", "encoder.1.up", "encoder.10.up", "head"]
 OTHERS = {"encoder.0.norm": "LayerNorm", "encoder": "ModuleList"}

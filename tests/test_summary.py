@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import jaxsparse
-from jaxsparse import _summary
+from jaxsparse.models import summary as summaries
 
 X = jax.ShapeDtypeStruct((2, 32), jnp.float32)
 
@@ -104,6 +104,6 @@ def test_what_is_no_model_is_refused_and_so_are_missing_variables():
 
 
 def test_a_summary_as_a_dict_is_what_json_takes():
-    row = _summary.Row("a", "Conv", (3, 3), None, 1.0, 9, 36, None)
-    told = _summary.Summary((row,)).as_dict()
+    row = summaries.Row("a", "Conv", (3, 3), None, 1.0, 9, 36, None)
+    told = summaries.Summary((row,)).as_dict()
     assert told["rows"][0]["share_of_flops"] is None and told["parameters"] == 9 and told["flops"] == 0

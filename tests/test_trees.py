@@ -81,6 +81,10 @@ def multi(seed):
     return optax.multi_transform({"x": optax.adam(1e-3), "y": optax.sgd(0.1, 0.9)}, {"a": "x", "b": "y"}).init(params)
 
 
+def n_of_m(seed):
+    return jaxsparse.NMPattern.random(jax.random.key(seed), (9, 7), n=5, m=12)
+
+
 NORMAL = lambda seed: jax.random.normal(jax.random.key(seed), (2, 3))  # noqa: E731
 TREES = {  # a maker of the tree from a seed
     "nnx.state": lambda seed: nnx.state(Model(nnx.Rngs(seed))),
@@ -95,6 +99,9 @@ TREES = {  # a maker of the tree from a seed
         {"p": BlockPattern.random(jax.random.key(seed), (9, 8), density=0.3)}
     ),
     "stack of patterns": stack,
+    "n of m": lambda seed: n_of_m(seed).T,
+    "a stack of n of m": lambda seed: jax.vmap(n_of_m)(seed + jnp.arange(3)),
+    "moments of n of m": lambda seed: optax.adam(1e-3).init({"p": n_of_m(seed)}),
     "frozen": lambda seed: flax.core.freeze({"a": {"b": NORMAL(seed)}, "c": {}}),
     "lists and tuples": lambda seed: [NORMAL(seed), (), [], ({}, (NORMAL(seed + 1),))],
     "classes": lambda seed: Pair(Struct(NORMAL(seed), "x"), Data(None, {"a": Pair(1, NORMAL(seed))})),
@@ -306,6 +313,7 @@ MISFITS = {
         {"pattern": BlockPattern.random(jax.random.key(0), (8, 16), density=0.4, block=(2, 3)).T},
         "transposed",
     ),
+    "n of m": ({"pattern": n_of_m(0)}, r"\['pattern'\] is BlockPattern.* in the file, but NMPattern\(9x7, 5:12\)"),
     "another name": ({"weight": 1}, r"the target lacks|lacks \['layers'\]\[0\]\['weight'\]"),
 }
 

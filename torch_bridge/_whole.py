@@ -21,7 +21,7 @@ class Record(NamedTuple):
     @classmethod
     def of(cls, arrays: Sequence[np.ndarray], grid: tuple[int, int]) -> Record:
         """The record of a pattern's arrays, of which only the first two are read."""
-        return cls(_narrow(arrays[0], arrays[1].size), _narrow(arrays[1], grid[0]))
+        return cls(_smallest(arrays[0], arrays[1].size), _smallest(arrays[1], grid[0]))
 
     def whole(self, grid: tuple[int, int]) -> list[np.ndarray] | None:
         """All five arrays, on a grid of (rows, columns), or None if this is no pattern on it."""
@@ -132,8 +132,8 @@ def _wrong_order(arrays: Sequence[np.ndarray], grid: tuple[int, int], start: int
     )
 
 
-def _narrow(a: np.ndarray, top: int) -> np.ndarray:
-    """A copy in the narrowest unsigned integers that go up to `top`, which nobody writes to."""
-    narrow = a.astype(np.min_scalar_type(top))
-    narrow.flags.writeable = False
-    return narrow
+def _smallest(a: np.ndarray, top: int) -> np.ndarray:
+    """A read-only copy in the smallest unsigned integers that go up to `top`."""
+    small = a.astype(np.min_scalar_type(top))
+    small.flags.writeable = False
+    return small

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jaxsparse import _targets, _trees, checkpoint
+from jaxsparse import checkpoint
+from jaxsparse.checkpoint import targets, trees
 
 
 def save(path: str | os.PathLike, tree: Any) -> None:
@@ -21,8 +22,8 @@ def save(path: str | os.PathLike, tree: Any) -> None:
     Raises:
       ValueError: as `jaxsparse.checkpoint.save`.
     """
-    arrays: _trees.Arrays = {}
-    node = _trees.take_apart(tree, arrays, lambda leaf: _to_numpy(leaf) if isinstance(leaf, Tensor) else leaf)
+    arrays: trees.Arrays = {}
+    node = trees.take_apart(tree, arrays, lambda leaf: _to_numpy(leaf) if isinstance(leaf, Tensor) else leaf)
     checkpoint.write(path, node, arrays)
 
 
@@ -37,12 +38,12 @@ def load(path: str | os.PathLike, target: Any = None) -> Any:
     """
     if target is None:
         return checkpoint.read(path, _to_torch)
-    return _targets.fill(target, checkpoint.read(path, lambda a: a), _place)
+    return targets.fill(target, checkpoint.read(path, lambda a: a), _place)
 
 
 def _place(a: Any, like: Any) -> Any:
     if not isinstance(like, Tensor):
-        return _targets.place(a, like)
+        return targets.place(a, like)
     return _to_torch(a) if like.is_meta else _to_torch(a).to(like.device)
 
 

@@ -16,7 +16,7 @@ from torch_bridge._process import note_use, warn_of_preallocation
 from torch_bridge._views import Views
 from torch_bridge._watch import is_plain
 
-_NARROW = {torch.int64: torch.int32, torch.uint64: torch.uint32}
+_OF_32_BITS = {torch.int64: torch.int32, torch.uint64: torch.uint32}
 _LOSSY = {torch.float64: "float()", torch.complex128: "to(torch.complex64)"}
 _SIZED = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
 _IN_NUMPY = frozenset(
@@ -71,8 +71,8 @@ def ready(t: Tensor) -> Tensor:
     _check_kind(t)
     if t.is_neg() or t.is_conj():
         t = t.resolve_conj().resolve_neg()
-    if t.dtype in _NARROW and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
-        t = _narrowed(t)
+    if t.dtype in _OF_32_BITS and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        t = _in_32_bits(t)
     if not t.is_contiguous():
         t = t.contiguous()
     if t.is_cpu and _address(t) % _ALIGNMENT:
@@ -182,13 +182,13 @@ def _why_not_torch(a: jax.Array, error: Exception) -> str:
     return f"JAX's {a.dtype} has no torch counterpart ({error}). Convert it first, with a.astype(...)."
 
 
-def _narrowed(t: Tensor) -> Tensor:
+def _in_32_bits(t: Tensor) -> Tensor:
     """A 64-bit integer tensor in 32 bits, if nothing is lost."""
-    narrow = t.to(_NARROW[t.dtype])
-    if torch.equal(narrow.to(t.dtype), t):
-        return narrow
-    bits = torch.iinfo(narrow.dtype)
-    bad = t[narrow.to(t.dtype) != t].flatten()
+    small = t.to(_OF_32_BITS[t.dtype])
+    if torch.equal(small.to(t.dtype), t):
+        return small
+    bits = torch.iinfo(small.dtype)
+    bad = t[small.to(t.dtype) != t].flatten()
     raise BridgeError(
         f"{t.dtype} holds {bad.numel()} values outside {bits.min} to {bits.max}, {bad[0].item()} among "
         "them, and JAX runs with 64-bit types disabled. Call jax.config.update('jax_enable_x64', True) at "

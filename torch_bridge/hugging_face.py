@@ -16,8 +16,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from jaxsparse._rules import Rules, parse
 from jaxsparse._sizes import check_sizes, grid_of
+from jaxsparse.models.rules import Rules, parse
 from torch_bridge import _linear, patch
 from torch_bridge.nn import BlockDiagLinear, BlockSparseLinear, SparseLinear
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from jaxsparse._rules import Report, Row, Rule, Rules, check_drawn, decide, parse, passed_over
 from jaxsparse.costs.racing import Race, Races
+from jaxsparse.models.report import Report, Row
+from jaxsparse.models.rules import Rule, Rules, check_drawn, decide, parse, passed_over
 from torch_bridge import _linear
 from torch_bridge.nn import BlockDiagLinear, BlockSparseLinear, SparseLinear
 

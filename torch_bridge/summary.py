@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from jaxsparse._summary import Row, dense_flops, largest
+from jaxsparse.models.summary import Row, dense_flops, largest
 from torch_bridge import _linear
 from torch_bridge.nn import BlockDiagLinear, BlockSparseLinear
 

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxsparse._indices import by_column, lines_of
-from jaxsparse._interop import from_coordinates
 from jaxsparse.files._limits import check_sizes
 from jaxsparse.files.weights import SparseMatrix
 from jaxsparse.formats import BlockPattern
+from jaxsparse.formats.interop import from_coordinates
 
 _SMTX = re.compile(rb"\s*\d+\s*,\s*\d+\s*,\s*\d+")
 _MIRRORED = {"symmetric": 1, "hermitian": 1, "skew-symmetric": -1}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import scipy.sparse
     from jax.experimental import sparse as jsparse
 
-    from jaxsparse._parts import Parts
+    from jaxsparse.formats._parts import Parts
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -274,9 +274,9 @@ class BlockPattern:
           ValueError: for other keys, for leaves of different sizes, and unless all five arrays, which must be concrete,
             say the same pattern.
         """
-        from jaxsparse import _states
+        from jaxsparse.formats import states
 
-        return _states.from_state(state)
+        return states.from_state(state)
 
     def union(self, other: BlockPattern) -> BlockPattern:
         """The pattern of the blocks that either has; both must be concrete, of one shape and block."""
@@ -295,7 +295,7 @@ class BlockPattern:
         Axis 1 cuts the outputs (column parallel), axis 0 the inputs (row parallel).
         Raises ValueError for another axis, for no pieces, for a stack of patterns, and under a trace.
         """
-        from jaxsparse import _parts
+        from jaxsparse.formats import _parts
 
         return _parts.split(self, pieces, axis)
 
@@ -356,41 +356,41 @@ class BlockPattern:
     @classmethod
     def from_scipy(cls, m: scipy.sparse.sparray | scipy.sparse.spmatrix) -> tuple[BlockPattern, Array]:
         """(pattern, blocks) of a SciPy matrix (in, out): blocks of a BSR matrix, else single entries, each once."""
-        from jaxsparse import _interop
+        from jaxsparse.formats import interop
 
-        return _interop.from_scipy(m)
+        return interop.from_scipy(m)
 
     def to_scipy(self, blocks: Float[Array, " *values"]) -> Any:
         """A SciPy BSR array; CSR where the block is (1, 1) or does not divide the matrix. No half dtypes."""
-        from jaxsparse import _interop
+        from jaxsparse.formats import interop
 
-        return _interop.to_scipy(self, blocks)
+        return interop.to_scipy(self, blocks)
 
     @classmethod
     def from_bcoo(cls, m: jsparse.BCOO) -> tuple[BlockPattern, Array]:
         """(pattern, blocks) of a JAX BCOO matrix with no batch and no dense dimensions; duplicates summed."""
-        from jaxsparse import _interop
+        from jaxsparse.formats import interop
 
-        return _interop.from_bcoo(m)
+        return interop.from_bcoo(m)
 
     def to_bcoo(self, blocks: Float[Array, " *values"]) -> jsparse.BCOO:
         """A JAX BCOO matrix, entry by entry."""
-        from jaxsparse import _interop
+        from jaxsparse.formats import interop
 
-        return _interop.to_bcoo(self, blocks)
+        return interop.to_bcoo(self, blocks)
 
     @classmethod
     def from_bcsr(cls, m: jsparse.BCSR) -> tuple[BlockPattern, Array]:
         """(pattern, blocks) of a JAX BCSR matrix with no batch and no dense dimensions; duplicates summed."""
-        from jaxsparse import _interop
+        from jaxsparse.formats import interop
 
-        return _interop.from_bcsr(m)
+        return interop.from_bcsr(m)
 
     def to_bcsr(self, blocks: Float[Array, " *values"]) -> jsparse.BCSR:
         """A JAX BCSR matrix, entry by entry."""
-        from jaxsparse import _interop
+        from jaxsparse.formats import interop
 
-        return _interop.to_bcsr(self, blocks)
+        return interop.to_bcsr(self, blocks)
 
 
 def _cut(w, block: tuple[int, int]) -> Any:

@@ -80,6 +80,11 @@ class NMPattern:
         return max(1, round(self.density * self.shape[0]))
 
     @property
+    def fan_out(self) -> int:
+        """Mean number of stored entries that an input feeds, at least 1."""
+        return max(1, round(self.density * self.shape[1]))
+
+    @property
     def T(self) -> NMPattern:
         """The pattern of the transposed matrix: a view of the same array and the same values."""
         return dataclasses.replace(self, shape=swapped(self.shape), transposed=not self.transposed)
@@ -156,6 +161,27 @@ class NMPattern:
         return cls._of(marks.astype(np.float32), n, m, shape)
 
     @classmethod
+    def from_bits(cls, bits, *, n: int, m: int, shape: tuple[int, int], transposed: bool = False) -> NMPattern:
+        """The pattern, or the stack of them, of the attributes of one, as a file holds them: checked, and copied.
+
+        Raises:
+          ValueError: for bits of another dtype or shape, for a group of which not n of m are set, and as `random` does.
+        """
+        shape, bits = _check(shape, n, m), np.asarray(bits)
+        stored = swapped(shape) if transposed else shape
+        dtype, sizes = _groups.dtype_of_bits(m), (_groups.groups_of(stored[0], m), stored[1])
+        if bits.dtype != dtype or bits.shape[-2:] != sizes:
+            raise ValueError(
+                f"bits are {bits.dtype} of shape {bits.shape}, but {n}:{m} of a {stored} matrix needs {dtype} {sizes}."
+            )
+        marks = np.unpackbits(bits[..., None].view(np.uint8), axis=-1, bitorder="little")
+        wrong = (marks.sum(-1) != n) | marks[..., m:].any(-1)
+        if wrong.any():
+            at = tuple(map(int, np.argwhere(wrong)[0]))
+            raise ValueError(f"bits{list(at)} is {bits[at]:b}, of which {n} of the {m} lowest bits must be set.")
+        return cls(jnp.array(bits), n, m, shape, transposed)
+
+    @classmethod
     def from_pattern(cls, pattern: BlockPattern, values, *, n: int, m: int) -> tuple[NMPattern, Array]:
         """(pattern, values) of single entries, at most n in each group; what is missing to n is stored as zeros.
 
@@ -206,6 +232,12 @@ class NMPattern:
     def to_mask(self) -> Bool[Array, "in out"]:
         """The elementwise mask of everything that is stored inside the matrix."""
         return self.to_dense(jnp.ones(self.values_shape, bool))
+
+    def edge_mask(self) -> Bool[Array, "groups n out"] | None:
+        """Which values lie inside the matrix; None where all do."""
+        if self._stored_shape[0] % self.m == 0:
+            return None
+        return self.gather(jnp.ones(self.shape, bool))
 
     def check_values(self, values) -> None:
         """Raises ValueError unless `values` have the shape that this pattern stores."""

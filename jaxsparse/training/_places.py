@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, UInt
 
-from jaxsparse import _select
 from jaxsparse._indices import Index, rotated
 from jaxsparse.formats import BlockPattern
+from jaxsparse.training import _select
 
 NOWHERE = np.uint32(2**32 - 1)  # what pads a list of places: behind all others
 

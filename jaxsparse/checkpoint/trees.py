@@ -15,9 +15,11 @@ import numpy as np
 from jaxsparse import _indices
 from jaxsparse._sizes import check_sizes, grid_of
 from jaxsparse.formats import BlockPattern
+from jaxsparse.formats.n_m import NMPattern
 
 Path = tuple[Any, ...]  # the keys that lead to a node, of the types that they have in its container
 Arrays = dict[str, np.ndarray]
+PATTERNS = (BlockPattern, NMPattern)
 
 DTYPES = {
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "BOOL": np.bool_},
@@ -82,7 +84,7 @@ class Container(NamedTuple):
 
 def opened(node: Any, path: Path = ()) -> Container | None:
     """A node as a container; None for a leaf. Only what JAX can't flatten, or would sort, is opened here."""
-    if node is None or isinstance(node, BlockPattern):
+    if node is None or isinstance(node, PATTERNS):
         return None
     if type(node) not in _BUILTIN and not is_namedtuple(node):
         pairs, treedef = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda child: child is not node)
@@ -145,6 +147,10 @@ def _check_key(key: Any, path: Path) -> None:
 def _leaf(leaf: Any, arrays: Arrays, read: Callable[[Any], Any], path: Path) -> dict[str, Any]:
     if isinstance(leaf, BlockPattern):
         return _pattern_apart(leaf, arrays, read, path)
+    if isinstance(leaf, NMPattern):
+        bits = take_apart(leaf.bits, arrays, read, (*path, "bits"))
+        sizes = {"n": leaf.n, "m": leaf.m, "shape": leaf.shape, "transposed": leaf.transposed}
+        return {"n_m": "pattern" if _is_whole(leaf, sizes) else "form", "bits": bits, **sizes}
     if type(leaf) in _SCALARS:
         return {"value": leaf}
     if type(leaf) is complex:
@@ -244,6 +250,8 @@ def build(node: dict[str, Any], arrays: Arrays, make: Callable[[np.ndarray], Any
     if "fields" in node:
         fields = {name: build(child, arrays, lambda a: a) for name, child in node["fields"].items()}
         return BlockPattern.of_index(_indices.Index(**fields), **_sizes(node))
+    if "n_m" in node:
+        return _n_m_pattern(build(node["bits"], arrays, lambda a: a), node)
     return make(_unstored(arrays[node["array"]], node.get("dtype")))
 
 
@@ -265,6 +273,22 @@ def _pattern(col_ptr: np.ndarray, row_index: np.ndarray, node: dict[str, Any]) -
     if row_index.dtype == np.uint16:  # a narrow index stays one
         index = index._replace(row_index=jnp.array(row_index))
     return BlockPattern.of_index(index, **sizes)
+
+
+def _n_m_pattern(bits: Any, node: dict[str, Any]) -> NMPattern:
+    """The pattern of its bits, which are checked; what only has a pattern's form, as moments, comes back as it was."""
+    sizes = {name: node[name] for name in ("n", "m", "shape", "transposed")}
+    if node["n_m"] == "pattern":
+        return NMPattern.from_bits(bits, **sizes)
+    return NMPattern(bits, **{**sizes, "shape": tuple(node["shape"])})
+
+
+def _is_whole(pattern: NMPattern, sizes: dict[str, Any]) -> bool:
+    try:
+        NMPattern.from_bits(pattern.bits, **sizes)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _sizes(node: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from jaxsparse import linen as sparse_linen
 from jaxsparse import nnx as sparse_nnx
 from jaxsparse._xla import ACTIVATIONS
 from jaxsparse.formats import BlockPattern
+from jaxsparse.models import _kept
 
 _LINEN = (sparse_linen.BlockDiagDense, sparse_linen.BlockSparseDense, sparse_linen.SparseDense)
 _NNX = (sparse_nnx.BlockDiagLinear, sparse_nnx.BlockSparseLinear)  # of which SparseLinear is one
@@ -79,7 +80,7 @@ def _dense(values: jax.Array, pattern: BlockPattern | None) -> jax.Array:
         raise ValueError(
             f"its kernel has shape {jnp.shape(values)}, as layers that vmap or scan stacked: take one's out first."
         )
-    return jax.scipy.linalg.block_diag(*values) if pattern is None else pattern.to_dense(values)
+    return _kept.densify(values, pattern)
 
 
 def _nnx_linear(layer: Any) -> nnx.Module:

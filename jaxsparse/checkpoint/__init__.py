@@ -19,14 +19,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsparse import _states, _targets, _trees
-from jaxsparse._trees import DTYPES, NAMES
+from jaxsparse.checkpoint import targets, trees
+from jaxsparse.checkpoint.trees import DTYPES, NAMES
+from jaxsparse.formats import states
 
 FORMAT, VERSION = "jaxsparse", 2
 
 
 def save(path: str | os.PathLike, tree: Any) -> None:
-    """Writes any tree of arrays and `BlockPattern`s to one file: `load` gives back every one of its leaves.
+    """Writes any tree of arrays and patterns to one file: `load` gives back every one of its leaves.
 
     Containers are mappings, lists, tuples, and whatever else JAX knows as a pytree: a Flax state, `TrainState`, an
     optimizer's state. Keys are strings, numbers, None, or tuples of them. Leaves are arrays of any library that NumPy
@@ -42,8 +43,8 @@ def save(path: str | os.PathLike, tree: Any) -> None:
     Raises:
       ValueError: with the path and the type, for what can't be given back; nothing is written then.
     """
-    arrays: _trees.Arrays = {}
-    write(path, _trees.take_apart(tree, arrays, lambda leaf: leaf), arrays)
+    arrays: trees.Arrays = {}
+    write(path, trees.take_apart(tree, arrays, lambda leaf: leaf), arrays)
 
 
 def load(path: str | os.PathLike, target: Any = None) -> Any:
@@ -51,7 +52,7 @@ def load(path: str | os.PathLike, target: Any = None) -> Any:
 
     Args:
       target: a tree of the structure that was saved, as a fresh model's state, or what `jax.eval_shape` makes of it.
-        None gives dicts, lists and tuples of NumPy arrays and `BlockPattern`s, under the keys that were saved.
+        None gives dicts, lists and tuples of NumPy arrays and patterns, under the keys that were saved.
     Returns:
       Without a target: mappings and classes as dicts, a class by the names of its fields, and an `nnx.State` as the
       pure dict that `nnx.update` takes. With one: its containers and static fields, and the leaves of the file, on the
@@ -61,11 +62,11 @@ def load(path: str | os.PathLike, target: Any = None) -> Any:
         ours, or is of a newer version; with the path, where the target has other keys, shapes, dtypes or sizes.
     """
     tree = read(path, lambda a: a)
-    return tree if target is None else _targets.fill(target, tree, _targets.place)
+    return tree if target is None else targets.fill(target, tree, targets.place)
 
 
 def restore_patterns(tree: Any) -> Any:
-    """Makes `BlockPattern`s again of the dicts that other savers make of them.
+    """Makes `BlockPattern`s and `NMPattern`s again of the dicts that other savers make of them.
 
     Orbax without a target, and `flax.serialization.msgpack_restore`, give a pattern back as a dict of its arrays.
 
@@ -76,17 +77,17 @@ def restore_patterns(tree: Any) -> Any:
     """
 
     def restore(path, node):
-        if not _states.is_state(node):
+        if not states.is_any_state(node):
             return node
         try:
-            return _states.from_state(node)
+            return states.from_any_state(node)
         except ValueError as error:
             raise ValueError(f"{jax.tree_util.keystr(path)}: {error}") from None
 
-    return jax.tree_util.tree_map_with_path(restore, tree, is_leaf=_states.is_state)
+    return jax.tree_util.tree_map_with_path(restore, tree, is_leaf=states.is_any_state)
 
 
-def write(path: str | os.PathLike, tree: Mapping[str, Any], arrays: _trees.Arrays) -> None:
+def write(path: str | os.PathLike, tree: Mapping[str, Any], arrays: trees.Arrays) -> None:
     """Writes a tree that was taken apart, as `save` says."""
     # Wide entries first: every array then starts at a multiple of its own size.
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
@@ -111,10 +112,10 @@ def read(path: str | os.PathLike, make: Callable[[np.ndarray], Any]) -> Any:
     try:
         arrays, about = _decode(data)
         if about["version"] == "1":
-            tree = _trees.names_to_nodes(arrays, json.loads(about["patterns"]), json.loads(about["empty"]))
+            tree = trees.names_to_nodes(arrays, json.loads(about["patterns"]), json.loads(about["empty"]))
         else:
             tree = json.loads(about["tree"])
-        return _trees.build(tree, arrays, make)
+        return trees.build(tree, arrays, make)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} can't be read: its header lacks, or misstates, {error}.") from None
     except ValueError as error:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jaxsparse._replicas import laid_as, unsharded
+from jaxsparse.training._replicas import laid_as, unsharded
 
 Path = str | tuple[str, ...] | None
 

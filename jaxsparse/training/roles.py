@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse.formats import BlockPattern
+from jaxsparse.formats.n_m import NMPattern
 
+_PATTERNS = (BlockPattern, NMPattern)
 _NEVER = ("bias", "scale")  # what Flax's layers and norms call them
 
 
@@ -18,7 +20,7 @@ def decay_mask(params: Any) -> Any:
     The usual rule, two dimensions or more, leaves out the kernel [nnz] of an unstructured layer, and takes in the
     biases of layers that `nn.scan` or `nnx.vmap` stacked. This one goes by the role:
 
-    - a leaf called "kernel" decays, whatever its rank, and so do values beside their `BlockPattern`: in one dict, tuple
+    - a leaf called "kernel" decays, whatever its rank, and so do values beside their pattern: in one dict, tuple
       or other node, with a shape that ends in the pattern's `values_shape`;
     - a leaf called "bias" or "scale" does not, nor do integers and patterns;
     - any other decays if it has two dimensions or more.
@@ -43,9 +45,9 @@ def decay_mask(params: Any) -> Any:
 def _values_of_patterns(params: Any) -> set:
     """The paths of the leaves that stand beside a pattern whose values they may be."""
     shapes, others = {}, []
-    for path, leaf in jax.tree.leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, BlockPattern)):
+    for path, leaf in jax.tree.leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, _PATTERNS)):
         node, _ = _place(path)
-        if isinstance(leaf, BlockPattern):
+        if isinstance(leaf, _PATTERNS):
             shapes.setdefault(node, []).append(leaf.values_shape)
         else:
             others.append((path, node, jnp.shape(leaf)))

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxsparse._rules import Rule
 from jaxsparse.costs.racing import Race, Races
+from jaxsparse.models.rules import Rule
 
 
 def race(races: Races, rule: Rule, dense: nnx.Linear, sparse: nnx.Module) -> Race:

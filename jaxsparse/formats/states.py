@@ -13,8 +13,11 @@ from jaxsparse import _indices
 from jaxsparse._indices import Index
 from jaxsparse._sizes import check_sizes, grid_of
 from jaxsparse.formats import BlockPattern
+from jaxsparse.formats.n_m import NMPattern
 
+N_M_NAMES = ("bits", "n", "m", "shape", "transposed")  # of NMPattern, as Flax names them
 _SIZES = ("shape", "block", "transposed")
+_BITS = re.compile(r"bits_(\d+)of(\d+)_(\d+)x(\d+)(_T)?")
 _LEAF = re.compile(rf"({'|'.join(Index._fields)})_(\d+)x(\d+)_by_(\d+)x(\d+)(_T)?")
 
 
@@ -46,6 +49,39 @@ def from_state(state: Mapping[str, Any]) -> BlockPattern:
         for name, a in arrays.items()
     }
     return BlockPattern.of_index(Index(**made), shape, block, transposed)
+
+
+def is_any_state(tree: Any) -> bool:
+    """Whether a saver made this dict of a pattern of either class."""
+    return is_state(tree) or is_n_m_state(tree)
+
+
+def from_any_state(state: Mapping[str, Any]) -> BlockPattern | NMPattern:
+    """The pattern of either class, checked."""
+    return from_n_m_state(state) if is_n_m_state(state) else from_state(state)
+
+
+def is_n_m_state(tree: Any) -> bool:
+    """Whether this is a dict that a saver made of an `NMPattern`, by the names in it."""
+    return isinstance(tree, Mapping) and (set(tree) == set(N_M_NAMES) or _bits_leaf(tree) is not None)
+
+
+def from_n_m_state(state: Mapping[str, Any]) -> NMPattern:
+    """The `NMPattern` of such a dict, checked as `NMPattern.from_bits` says."""
+    match = _bits_leaf(state)
+    if match is None:
+        n, m, rows, cols, view = (int(size) for name in N_M_NAMES[1:] for size in np.asarray(state[name]).reshape(-1))
+        bits = state["bits"]
+    else:
+        n, m, rows, cols, view = *map(int, match.groups()[:4]), match[5] is not None
+        (bits,) = state.values()
+    return NMPattern.from_bits(bits, n=n, m=m, shape=(rows, cols), transposed=bool(view))
+
+
+def _bits_leaf(state: Mapping[str, Any]) -> re.Match | None:
+    """The sizes in the name of the only leaf."""
+    names = list(state)
+    return _BITS.fullmatch(names[0]) if len(names) == 1 and isinstance(names[0], str) else None
 
 
 def _by_leaf_names(state: Mapping[str, Any]):

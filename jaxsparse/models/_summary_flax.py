@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxsparse._summary import Row, dense_flops, largest
 from jaxsparse.formats import BlockPattern
+from jaxsparse.formats.n_m import NMPattern
 from jaxsparse.linen import BlockDiagDense
+from jaxsparse.models.summary import Row, dense_flops, largest
 from jaxsparse.nnx import BlockDiagLinear, Pattern
 
 _LINEAR = (nnx.Linear, nnx.LinearGeneral)
@@ -50,7 +51,7 @@ def linen_rows(model: nn.Module, variables: Mapping[str, Any], inputs: tuple) ->
         if not params:
             continue
         beside = _at(variables.get("pattern", {}), path)
-        patterns = [leaf for leaf in beside.values() if isinstance(leaf, BlockPattern)]
+        patterns = [leaf for leaf in beside.values() if isinstance(leaf, (BlockPattern, NMPattern))]
         name = classes.get(path) or _guess({k: jnp.shape(a) for k, a in params.items()}, patterns)
         yield _row(".".join(path), name, params, patterns, _kind_in_linen(name))
 
@@ -71,11 +72,11 @@ def _classes(model: nn.Module, variables: Mapping[str, Any], inputs: tuple) -> d
     return found
 
 
-def _guess(shapes: Mapping[str, tuple[int, ...]], patterns: list[BlockPattern]) -> str:
+def _guess(shapes: Mapping[str, tuple[int, ...]], patterns: Sequence[Any]) -> str:
     """What a layer is, by the parameters that it has."""
     kernel = shapes.get("kernel", ())
     if patterns:
-        return "SparseDense" if patterns[0].block == (1, 1) else "BlockSparseDense"
+        return "SparseDense" if _block_of(patterns[0]) == (1, 1) else "BlockSparseDense"
     if len(kernel) == 2:
         return "Dense"
     if len(kernel) == 3 and kernel[0] > 1 and shapes.get("bias") == (kernel[0] * kernel[2],):
@@ -102,20 +103,24 @@ def _at(tree: Any, path: tuple[str, ...]) -> Mapping[str, Any]:
     return tree
 
 
-def _row(path: str, name: str, params: Mapping[str, Any], patterns: list[BlockPattern], kind: str) -> Row:
+def _row(path: str, name: str, params: Mapping[str, Any], patterns: Sequence[Any], kind: str) -> Row:
     shapes = {key: tuple(jnp.shape(a)) for key, a in params.items()}
     size = sum(map(math.prod, shapes.values()))
     count = sum(_nbytes(a) for a in [*params.values(), *jax.tree.leaves(patterns)])
     kernel = shapes.get("kernel", ())
     if patterns:
         p = patterns[0]
-        return Row(path, name, p.shape, p.block, p.density, size, count, 2 * math.prod(kernel))
+        return Row(path, name, p.shape, _block_of(p), p.density, size, count, 2 * math.prod(kernel))
     if kind == "diagonal":
         n, i, o = kernel[-3:]
         return Row(path, name, (n * i, n * o), (i, o), 1 / n, size, count, 2 * math.prod(kernel))
     if kind == "linear":
         return Row(path, name, kernel, None, 1.0, size, count, 2 * math.prod(kernel))
     return Row(path, name, largest(shapes), None, 1.0, size, count, 0 if kind == "table" else dense_flops(shapes))
+
+
+def _block_of(pattern: Any) -> tuple[int, int]:
+    return pattern.block if isinstance(pattern, BlockPattern) else (1, 1)
 
 
 def _nbytes(a: Any) -> int:

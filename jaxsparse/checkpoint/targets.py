@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse._indices import Index
-from jaxsparse._trees import Path, is_variable, opened, shown, type_name
+from jaxsparse.checkpoint.trees import PATTERNS, Path, is_variable, opened, shown, type_name
 from jaxsparse.formats import BlockPattern
+from jaxsparse.formats.n_m import NMPattern
 
 
 def fill(target: Any, tree: Any, place: Callable[[Any, Any], Any], path: Path = ()) -> Any:
@@ -52,6 +54,9 @@ def _check_same_keys(wanted: list[Any], got: list[Any], path: Path) -> None:
 def _fill_leaf(target: Any, leaf: Any, place: Callable[[Any, Any], Any], path: Path) -> Any:
     if isinstance(target, BlockPattern) and isinstance(leaf, BlockPattern):
         return _fill_pattern(target, leaf, place, path)
+    if isinstance(target, NMPattern) and isinstance(leaf, NMPattern):
+        _check_same(("shape", "n", "m", "transposed"), target, leaf, path)
+        return dataclasses.replace(leaf, bits=fill(target.bits, leaf.bits, place, (*path, "bits")))
     number = type(target) in (bool, int, float) and hasattr(leaf, "dtype") and not jnp.shape(leaf)
     if number and type(leaf.item()) is type(target):  # so did version 1 save numbers
         return leaf.item()
@@ -59,17 +64,14 @@ def _fill_leaf(target: Any, leaf: Any, place: Callable[[Any, Any], Any], path: P
     if all(arrays):
         same = (*target.shape, _dtype(target)) == (*leaf.shape, _dtype(leaf))
     else:
-        same = not any(arrays) and type(target) is type(leaf) and not isinstance(leaf, BlockPattern)
+        same = not any(arrays) and type(target) is type(leaf) and not isinstance(leaf, PATTERNS)
     if not same:
         raise ValueError(f"{shown(path)} is {_what(leaf)} in the file, but {_what(target)} in the target.")
     return place(leaf, target) if all(arrays) else leaf
 
 
 def _fill_pattern(target: BlockPattern, pattern: BlockPattern, place: Callable[[Any, Any], Any], path: Path) -> Any:
-    for name in ("shape", "block", "transposed"):
-        got, want = getattr(pattern, name), getattr(target, name)
-        if got != want:
-            raise ValueError(f"{shown(path)} is of {name} {got} in the file, but of {name} {want} in the target.")
+    _check_same(("shape", "block", "transposed"), target, pattern, path)
     fields = {}
     for name in Index._fields:
         got, like = getattr(pattern, name), getattr(target, name)
@@ -77,6 +79,13 @@ def _fill_pattern(target: BlockPattern, pattern: BlockPattern, place: Callable[[
             got = np.asarray(got).astype(like.dtype)  # indices are the same numbers in either
         fields[name] = fill(like, got, place, (*path, name))
     return BlockPattern.of_index(Index(**fields), pattern.shape, pattern.block, pattern.transposed)
+
+
+def _check_same(names: tuple[str, ...], target: Any, pattern: Any, path: Path) -> None:
+    for name in names:
+        got, want = getattr(pattern, name), getattr(target, name)
+        if got != want:
+            raise ValueError(f"{shown(path)} is of {name} {got} in the file, but of {name} {want} in the target.")
 
 
 def place(a: Any, like: Any) -> Any:
@@ -89,7 +98,7 @@ def place(a: Any, like: Any) -> Any:
 
 
 def _what(leaf: Any) -> str:
-    if isinstance(leaf, BlockPattern):
+    if isinstance(leaf, PATTERNS):
         return repr(leaf)
     if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
         return f"{_dtype(leaf)} of shape {tuple(leaf.shape)}"

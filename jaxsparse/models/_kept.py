@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxsparse._arguments import features_per_block
-from jaxsparse._rules import Rule
 from jaxsparse.formats import BlockPattern
+from jaxsparse.models.rules import Rule
 
 
 def convert(kernel: Float[Array, "in out"], rule: Rule, rescale: bool) -> tuple[jax.Array, BlockPattern | None]:

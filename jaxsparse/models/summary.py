@@ -100,7 +100,7 @@ def summary(model: Any, variables: Any = None, *inputs: Any) -> Summary:
         from torch_bridge.summary import rows
 
         return Summary(tuple(rows(model)))
-    from jaxsparse import _summary_flax
+    from jaxsparse.models import _summary_flax
 
     if framework == "nnx":
         return Summary(tuple(_summary_flax.nnx_rows(model)))

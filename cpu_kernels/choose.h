@@ -1,0 +1,111 @@
+// Every number by which a kernel is chosen or its work is cut, with what it was measured by. docs/log/cpu.md has the
+// runs: float32, AVX-512, 2048 x 2048 and batch 256 unless said otherwise.
+#pragma once
+
+#include <cstdint>
+
+namespace jaxsparse_cpu {
+
+// ---- threads --------------------------------------------------------------------------------
+
+// Multiply-adds that are worth a thread. An estimate: 10 us of a core at the full rate of AVX-512.
+constexpr double kFmasPerWorker = 1e6;
+
+// What an entry of a product over tiles costs, in multiply-adds: a few cycles of its own, and twice the loads of a
+// block's for each row.
+constexpr double kFmasPerEntry = 24, kFmasPerEntryAndRow = 2;
+
+// ---- register tiles --------------------------------------------------------------------------
+
+// Rows of sums, two vectors wide: enough to hide the latency of the multiply-add, few enough that rows of x a power of
+// two apart don't fight over one set of the first-level cache. Of a sampled product a tile must lie within one strip.
+#if defined(__AVX2__) && !defined(__AVX512F__)  // vectors of 32 bytes, and 16 registers
+constexpr int kRows = 6, kStripRows = 4;
+#else
+constexpr int kRows = 8, kStripRows = 8;
+#endif
+
+// Terms that are summed in registers before their sum joins the others in memory. One long run would
+// err in proportion to its length; in runs the error is that of a blocked dense product.
+constexpr int64_t kRun = 64;
+
+// ---- single entries and short blocks, over batch-minor tiles ---------------------------------
+
+// Bytes of packed tiles at a time: what many cores share as their last cache.
+constexpr int64_t kRoundBytes = 16 << 20;
+
+// Columns of y that one task of a product computes.
+constexpr int64_t kColumnsPerTask = 256;
+
+// Batch rows below which a transposed product of blocks, too, goes over tiles: they don't pay for transposing values.
+constexpr int64_t kRowsWorthTransposing = 16;
+
+// One row: how far ahead of their use values and indices are fetched. The hardware alone reaches two thirds to three
+// quarters of the rate.
+constexpr int64_t kFetchBytes = 4096;
+
+// ---- single entries alone: slices of features that many lines read ---------------------------
+
+// Of the product, in the first-level cache. 24, 32, 64, 128 and 256 KiB took 3.5, 3.2, 2.9, 5.2 and 3.2 ms at 10 %, on a
+// busy machine.
+constexpr int64_t kSliceBytes = 64 << 10;
+
+// Of a product of one tile, whose entries are read but once: 1.0 to 1.1 times as fast as 64 KiB at batches of 8 to 64.
+constexpr int64_t kOnlySliceBytes = 128 << 10;
+
+// A slice is widened until a line meets so many entries in it, which pay for coming back to the line. At 0.5, 1 and 2 % of the
+// entries 1.22, 1.14 and 1.1 times as fast as widening once.
+constexpr int64_t kEntriesPerSlice = 16;
+
+// Vectors of a tile of the gradients: with 32 registers a whole tile of 8 is held twice, as operand and as sum,
+// and one sum across lanes serves twice the batch. 4 instead of 8: 7.5 against 5.1 ms at 10 %.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kGradVectors = 8;
+#else
+constexpr int kGradVectors = 4;
+#endif
+
+// Of the gradients, in the second-level cache, which sums and values share. 256 KiB instead of 512: 4.8 against 6.6 ms at
+// 10 %, 9.4 against 15.4 at 25 %, on a machine with 1 MiB of it. At 5 % slices of 512 KiB are faster, 2.8 against 3.1 ms,
+// and 1.13 times as fast as those of 1 MiB.
+constexpr int64_t kGradSliceBytes = 256 << 10;
+constexpr int64_t kEntriesPerGradSlice = 48;
+
+// Lines that one part of the gradients takes at most: their operand and their sums share that cache too. With one worker 24.4
+// ms against 26.5 at 25 %; parts of 256 lines took 26.2.
+constexpr int64_t kLinesPerPart = 512;
+
+// ---- blocks ----------------------------------------------------------------------------------
+
+// Below this many batch rows a copy of the values costs more than reading them as they lie.
+constexpr int64_t kRowsWorthPacking = 16;
+
+// From so many columns on, rows of a block lie so far apart that they fight over few sets of the caches, and panels are
+// copied: blocks of 512 columns are 1.2 to 1.35 times as fast by it, of 1024 2.7 to 2.8 times.
+constexpr int64_t kWideBlock = 512;
+
+// Where less than one block in so many is stored, and x has so many numbers, a worker meets most cache lines of x once
+// or twice, and each is far away when it is wanted: rows are fetched ahead. 1.1 to 1.2 times as fast at 5 to 15 %, 0.98
+// at 25 %, 0.95 at 50 %.
+constexpr int64_t kFewBlocksInverse = 6, kLargeX = 1 << 18;
+
+// Batch rows that one task takes: many where each packs values; else few from so many bytes of a row of x on, so that
+// those rows stay in the second-level cache from line to line. 128 instead of 256: 1.04 to 1.19 times as fast at 10 %,
+// 1.07 at 25 %, 0.98 at 50 %; with packing 0.92 to 0.98. 64 gain nothing more.
+constexpr int64_t kTaskRows = 256, kTaskRowsOfWideX = 128, kWideXBytes = 6144;
+
+// Batch rows of a sampled product that are summed in registers before the sums go through memory: two slices of so many
+// rows stay in the second-level cache while all rows of a block are made from them.
+constexpr int64_t kDeep = 512;
+
+// ---- n of every m ----------------------------------------------------------------------------
+
+// Batch rows up to which W is expanded in registers, once for each two; above, panels of W are expanded into the
+// second-level cache.
+constexpr int64_t kFewRows = 4;
+
+// Columns that a worker then takes at a time: runs of memory that are long enough, sums that stay in the first-level
+// cache.
+constexpr int64_t kStrip = 512;
+
+}  // namespace jaxsparse_cpu
