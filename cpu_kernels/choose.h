@@ -46,15 +46,15 @@ constexpr int64_t kFetchBytes = 4096;
 
 // ---- single entries alone: slices of features that many lines read ---------------------------
 
-// Of the product, in the first-level cache. 24, 32, 64, 128 and 256 KiB took 3.5, 3.2, 2.9, 5.2 and 3.2 ms at 10 %, on a
-// busy machine.
+// Of the product, in the first-level cache. 24, 32, 64, 128 and 256 KiB took 3.5, 3.2, 2.9, 5.2 and 3.2 ms at 10 %, on
+// a busy machine.
 constexpr int64_t kSliceBytes = 64 << 10;
 
 // Of a product of one tile, whose entries are read but once: 1.0 to 1.1 times as fast as 64 KiB at batches of 8 to 64.
 constexpr int64_t kOnlySliceBytes = 128 << 10;
 
-// A slice is widened until a line meets so many entries in it, which pay for coming back to the line. At 0.5, 1 and 2 % of the
-// entries 1.22, 1.14 and 1.1 times as fast as widening once.
+// A slice is widened until a line meets so many entries in it, which pay for coming back to the line. At 0.5, 1 and 2 %
+// of the entries 1.22, 1.14 and 1.1 times as fast as widening once.
 constexpr int64_t kEntriesPerSlice = 16;
 
 // Vectors of a tile of the gradients: with 32 registers a whole tile of 8 is held twice, as operand and as sum,
@@ -65,14 +65,14 @@ constexpr int kGradVectors = 8;
 constexpr int kGradVectors = 4;
 #endif
 
-// Of the gradients, in the second-level cache, which sums and values share. 256 KiB instead of 512: 4.8 against 6.6 ms at
-// 10 %, 9.4 against 15.4 at 25 %, on a machine with 1 MiB of it. At 5 % slices of 512 KiB are faster, 2.8 against 3.1 ms,
-// and 1.13 times as fast as those of 1 MiB.
+// Of the gradients, in the second-level cache, which sums and values share. 256 KiB instead of 512: 4.8 against 6.6 ms
+// at 10 %, 9.4 against 15.4 at 25 %, on a machine with 1 MiB of it. At 5 % slices of 512 KiB are faster, 2.8 against
+// 3.1 ms, and 1.13 times as fast as those of 1 MiB.
 constexpr int64_t kGradSliceBytes = 256 << 10;
 constexpr int64_t kEntriesPerGradSlice = 48;
 
-// Lines that one part of the gradients takes at most: their operand and their sums share that cache too. With one worker 24.4
-// ms against 26.5 at 25 %; parts of 256 lines took 26.2.
+// Lines that one part of the gradients takes at most: their operand and their sums share that cache too. Parts of 256
+// lines are no faster.
 constexpr int64_t kLinesPerPart = 512;
 
 // ---- blocks ----------------------------------------------------------------------------------

@@ -15,14 +15,16 @@ bool tiled_spmm(const Product& p, const Pool& pool) {
   const Lines& lines = p.lines;
   const Batch<A, kMost> batch(p.m);
   // An entry costs a few cycles of its own, and loads twice as much as a block's.
-  const double each = kBlocks ? double(batch.padded * p.depth * p.width) : kFmasPerEntry + kFmasPerEntryAndRow * batch.padded;
+  const double each = kBlocks ? double(batch.padded * p.depth * p.width)
+                              : kFmasPerEntry + kFmasPerEntryAndRow * double(batch.padded);
   const int workers = workers_for(pool, each * double(lines.entries));
   const int64_t slabs = workers == 1 ? 1 : ceil_div(p.in, 64);
   const int64_t parts = most<int64_t>(1, ceil_div(lines.lines * p.width, kColumnsPerTask));
   const int64_t own = kMost * kVectorBytes * p.width * lines.lines;
   const int64_t step = batch.per_round(sizeof(A) * p.in), rows = batch.row(least(step, batch.count));
   const int64_t feature_bytes = sizeof(A) * most<int64_t>(1, batch.lanes(0));
-  const Slices slices = slices_of(lines, p.in, feature_bytes, batch.count == 1 ? kOnlySliceBytes : kSliceBytes, kEntriesPerSlice);
+  const int64_t slice_bytes = batch.count == 1 ? kOnlySliceBytes : kSliceBytes;
+  const Slices slices = slices_of(lines, p.in, feature_bytes, slice_bytes, kEntriesPerSlice);
   Scratch packed(sizeof(A) * rows * p.in), sums(own * workers);
   // With one tile, lines are prepared where they are used, so that memory sends them once, and values of another
   // order are read where they lie. Several tiles get them put in order.
