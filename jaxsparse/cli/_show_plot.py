@@ -22,7 +22,7 @@ _KEPT, _GONE, _GROWN = "#8a8f9c", "#d9480f", "#2b8a3e"
 
 
 def save(before: Mapping[str, Matrix], after: Mapping[str, Matrix] | None, path: Path) -> None:
-    """Writes the picture, in the format that the name ends in."""
+    """Writes the picture that `check_picture` has allowed, in the format that the name ends in."""
     drawn = {name: m.pattern for name, m in before.items() if m.pattern is not None}
     if not drawn:
         raise ValueError("there is no pattern to draw: every matrix is dense.")
@@ -31,9 +31,6 @@ def save(before: Mapping[str, Matrix], after: Mapping[str, Matrix] | None, path:
             f"jaxsparse: {path} has the first {_MOST} of {len(drawn)} patterns; --layers picks others", file=sys.stderr
         )
     drawn = dict(list(drawn.items())[:_MOST])
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     with plt.rc_context({"font.size": 10, "text.color": INK, "axes.labelcolor": QUIET, "axes.edgecolor": "#c9c7c2"}):
