@@ -58,7 +58,7 @@ class Product(NamedTuple):
     by_row: bool = True
     weight: int = 0
 
-    def count(self, calls: Sequence[Call] | None) -> int | None:
+    def made_in(self, calls: Sequence[Call] | None) -> int | None:
         """FLOPs of these calls; of one row where nobody called it."""
         if calls is None:
             return self.flops if self.by_row else None

@@ -147,20 +147,21 @@ def _row(
     out: int,
     calls: Sequence[Call] | None,
 ) -> Row:
-    """Args: kind: how it multiplies. out: its output features, of linear layers and convolutions."""
+    """`kind` is how it multiplies; `out` is the number of its output features, of convolutions and linear layers."""
     shapes = {key: tuple(jnp.shape(a)) for key, a in params.items()}
     size = sum(map(math.prod, shapes.values()))
     count = sum(_nbytes(a) for a in [*params.values(), *jax.tree.leaves(patterns)])
     kernel = shapes.get("kernel", ())
-    about: tuple[Any, ...] = kernel or largest(shapes), None, 1.0
+    shape, block, density = kernel or largest(shapes), None, 1.0
     if patterns:
         p = patterns[0]
-        about, out = (p.shape, p.block, p.density), p.shape[1]
+        shape, block, density, out = p.shape, p.block, p.density, p.shape[1]
     elif kind == "diagonal":
         n, i, o = kernel[-3:]
-        about, out = ((n * i, n * o), (i, o), 1 / n), n * o
+        shape, block, density, out = (n * i, n * o), (i, o), 1 / n, n * o
     product = _product("linear" if patterns else kind, shapes, out)
-    return Row(path, name, *about, size, count, None if product is None else product.count(calls))
+    flops = None if product is None else product.made_in(calls)
+    return Row(path, name, shape, block, density, size, count, flops)
 
 
 def _product(kind: str, shapes: Mapping[str, tuple[int, ...]], out: int) -> Product | None:

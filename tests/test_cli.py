@@ -145,6 +145,18 @@ def test_show_draws_the_pattern_in_characters_and_in_a_file(tmp_path, capsys):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_tables_of_show_keep_their_numbers_in_eighty_columns(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    pattern = BlockPattern.random(jax.random.key(0), (3072, 768), density=0.05)
+    tree = {"encoder.layer_11.attention.output.dense": {"kernel": np.ones(pattern.values_shape), "pattern": pattern}}
+    checkpoint.save(tmp_path / "a", tree)
+    for more in ((), ("--diff", str(tmp_path / "a"))):
+        assert run("show", str(tmp_path / "a"), "--pictures", "0", *more) == 0
+        printed = capsys.readouterr().out
+        assert max(map(len, printed.splitlines())) <= 80 and "…" not in printed
+        assert all(text in printed for text in (["117,965"] if more else ["3072x768", "153/154/154", "/"])), printed
+
+
 def test_a_picture_that_can_not_be_written_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     assert run("show", saved(tmp_path / "a"), "--png", str(tmp_path / "a.text")) == cli.BAD_INPUT

@@ -103,7 +103,7 @@ def test_advice_prefers_the_freer_of_two_that_are_as_fast():
 def test_advice_says_where_it_begins_to_pay():
     said = advising.advice(rows(1, 4, 8), {1: 0.01, 32: 0.04}, "step")
     assert said.startswith("Stay dense, if it is for speed: block-sparse 32x32")
-    assert said.endswith("It pays below a density of about 0.04, in blocks of 32.")
+    assert said.endswith("Blocks of 32 pay below a density of about 0.04.")
     assert "No density would pay" in advising.advice(rows(1, 4, 8), {1: 0.0}, "step")
 
 

@@ -83,7 +83,7 @@ def _row(path: str, module: nn.Module, own: dict[str, Any], calls: Sequence[Call
         about = largest(shapes), None, 1.0, _product(module, shapes)
     shape, block, density, product = about
     count = sum(t.numel() * t.element_size() for t in tensors)
-    flops = None if product is None else product.count(calls)
+    flops = None if product is None else product.made_in(calls)
     return Row(path, type(module).__name__, shape, block, density, size, count, flops)
 
 

@@ -67,7 +67,7 @@ def _draw_degrees(axes: Any, d: Degrees, then: Degrees | None) -> None:
     axes.stairs(d.counts, np.array(d.edges) - 0.5, fill=True, color=_KEPT, label="first")
     if then is not None:
         axes.stairs(then.counts, np.array(then.edges) - 0.5, color=_GONE, linewidth=1.5, label="second")
-        axes.legend(frameon=False)
+        axes.legend(framealpha=0.85, edgecolor="none")
     ends = [edge for histogram in (d, then) if histogram for edge in (histogram.edges[0], histogram.edges[-1])]
     axes.set_xlim(min(ends) - 1.5, max(ends) + 0.5)
     empty = f", [{d.empty} empty]" if d.empty else ""
@@ -92,6 +92,8 @@ def _draw_moves(axes: Any, before: BlockPattern, after: BlockPattern, title: str
     axes.set(xlim=(0, before.shape[1]), ylim=(before.shape[0], 0), xlabel="output feature", ylabel="input feature")
     axes.set_aspect("equal" if max(before.shape) <= 4 * min(before.shape) else "auto")
     axes.set_title(title, fontsize=10)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     names = {_KEPT: "kept", _GONE: "gone", _GROWN: "grown"}
     handles = [Patch(color=c, label=f"{names[c]} {len(at):,}") for c, at in parts.items()]
     axes.legend(handles=handles, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -55,11 +55,11 @@ def bench(
     _output.check_picture(png)
     about = _bench.about()
     measured = _bench.run_with_progress(cells, seconds, only, lambda done: out and running.save(out, done, about))
+    if png and measured:
+        _bench.draw(measured, about, png)
     if json:
         _output.show_json(running.as_dict(measured, about))
     else:
         _output.show(*_bench.tables(measured, about))
-    if png and measured:
-        _bench.draw(measured, about, png)
     if len(measured) < len(cells):
         raise typer.Exit(1)

@@ -83,7 +83,8 @@ def _beside(best: Row, others: Sequence[Row], dense: Row, crossover: Mapping[int
             return ""
         if crossover[pays] < 1e-4:
             return "No density would pay at this size: the call takes longer than the product."
-        return f"It pays below a density of about {crossover[pays]:.2g}, in {_blocks(pays)}."
+        what = _blocks(pays)
+        return f"{what[0].upper()}{what[1:]} pay below a density of about {crossover[pays]:.2g}."
     loose = next((row for row in others if row.layer.kind == "sparse"), None)
     if loose is None or loose is best:
         return ""

@@ -94,13 +94,13 @@ class Explanation:
                 f"Others kept {p.busy:.1f} cores busy while the machine's rates were measured, so that these are too "
                 f"low: delete {file} when it is quiet."
             )
-        notes = [line for each in said for line in textwrap.wrap(each, _WIDTH, subsequent_indent="  ")]
+        notes = [line for each in said for line in _wrapped(each, first="")]
         below = [f"{'single entries' if b == 1 else f'{b}x{b}'} {_density(d)}" for b, d in self.crossover.items()]
         what = "training step" if self.train else "forward pass"
         pays = f"The {what} is predicted to be faster than dense below these densities:"
         return "\n".join(
             [head, "", *_memory(self.rows), "", *_time(self.rows), "", pays, *_wrapped(", ".join(below)), *notes]
-            + ["", *textwrap.wrap(self.advice, _WIDTH)]
+            + ["", *_wrapped(self.advice, first="", others="")]
         )
 
 
@@ -212,8 +212,11 @@ def _time(rows: Sequence[Row]) -> list[str]:
     return table(lines)
 
 
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="  ")
+def _wrapped(text: str, first: str = "  ", others: str = "  ") -> list[str]:
+    """Lines; names of files and formats stay whole."""
+    return textwrap.wrap(
+        text, _WIDTH, initial_indent=first, subsequent_indent=others, break_on_hyphens=False, break_long_words=False
+    )
 
 
 def _density(number: float) -> str:
