@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from jaxsparse._measured import Result, Workload
 from jaxsparse.bench import grid, running
 
 LIBRARY = pytest.mark.skipif(cpu_kernels.library_file() is None, reason="the CPU kernels were not built")
+
+CPU = _devices.BackEnd("cpu", "C++ kernels", True, ("float32",), None, None)
+NO_LIBRARY = _devices.Library(None, None, None)
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +69,13 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_all(monkeypatch, capsys
     assert capsys.readouterr().err == "jaxsparse: RuntimeError: two lines (--debug shows where)\n"
     with pytest.raises(RuntimeError, match="two"):
         run("devices", "--debug")
+
+
+def test_a_caller_in_python_gets_the_text(monkeypatch):
+    monkeypatch.setattr("jaxsparse._devices.devices", lambda: _devices.Devices({}, (), (CPU,), NO_LIBRARY, (), None))
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        assert run("devices") == 0
+    assert "C++ kernels" in text.getvalue()
 
 
 def test_an_interrupt_and_a_reader_that_left_are_no_errors(monkeypatch, capsys, tmp_path):

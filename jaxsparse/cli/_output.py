@@ -18,7 +18,7 @@ def show(*renderables: Any) -> None:
     """Prints what rich draws; without colours where stdout is no terminal."""
     from rich.console import Console
 
-    if "utf" not in (sys.stdout.encoding or "").lower():
+    if "utf" not in (sys.stdout.encoding or "utf").lower():  # None of what holds text, as io.StringIO
         sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     unknown = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     console = Console(highlight=False, width=PIPED if unknown else None)

@@ -82,8 +82,9 @@ class Explanation:
 
     def __str__(self) -> str:
         dense, p = self.rows[0].layer, self.profile
+        rows = f"{dense.batch} row{'s' if dense.batch > 1 else ''}"
         head = (
-            f"{dense.shape[0]} to {dense.shape[1]} features, {dense.batch} rows, {dense.dtype}\n"
+            f"{dense.shape[0]} to {dense.shape[1]} features, {rows}, {dense.dtype}\n"
             f"in {'PyTorch' if p.framework == 'torch' else 'JAX'} on {p.machine}, {p.threads} threads"
         )
         said = [f"{row.layer}: {row.note}." for row in self.rows if row.note]
@@ -199,7 +200,7 @@ def _memory(rows: Sequence[Row]) -> list[str]:
         held = row.layer
         sizes = (held.weight_bytes, held.index_bytes, held.weight_bytes, held.moment_bytes, held.temporary_bytes)
         lines.append([str(held), f"{held.density:.3g}", *(amount(size, "B") for size in sizes)])
-    return table(lines)
+    return table(lines, _WIDTH)
 
 
 def _time(rows: Sequence[Row]) -> list[str]:
@@ -209,7 +210,7 @@ def _time(rows: Sequence[Row]) -> list[str]:
         ratios = (f"{row.forward / dense.forward:.2f}", f"{row.step / dense.step:.2f}")
         times = (milliseconds(row.forward), ratios[0], milliseconds(row.step), ratios[1])
         lines.append((str(row.layer), amount(row.layer.operations, ""), *times))
-    return table(lines)
+    return table(lines, _WIDTH)
 
 
 def _wrapped(text: str, first: str = "  ", others: str = "  ") -> list[str]:
