@@ -106,8 +106,7 @@ def plot_pattern(
     axes.set(xlim=(0, pattern.shape[1]), ylim=(pattern.shape[0], 0), xlabel="output feature", ylabel="input feature")
     axes.set_aspect("equal" if max(pattern.shape) <= 4 * min(pattern.shape) else "auto")
     axes.set_title(caption(pattern) if title is None else title, fontsize=10)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+    axes.locator_params(integer=True)
     if not drawn.exact:
         axes.figure.colorbar(image, ax=axes, label="stored, % of a cell", fraction=0.046, pad=0.03)
     return axes

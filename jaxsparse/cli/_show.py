@@ -143,6 +143,6 @@ def _table(*names: str) -> Any:
     result = Table(box=None, padding=(0, 1, 0, 0), collapse_padding=True, pad_edge=False, header_style="dim")
     for k, name in enumerate(names):
         words = name in ("layer", "stored", "shape", "block", "note")
-        folds = {"overflow": "fold", "min_width": 12} if k == 0 else {"no_wrap": name != "note"}
+        folds: dict[str, Any] = {"overflow": "fold", "min_width": 12} if k == 0 else {"no_wrap": name != "note"}
         result.add_column(name, justify="left" if words else "right", **folds)
     return result

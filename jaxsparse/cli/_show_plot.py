@@ -92,8 +92,7 @@ def _draw_moves(axes: Any, before: BlockPattern, after: BlockPattern, title: str
     axes.set(xlim=(0, before.shape[1]), ylim=(before.shape[0], 0), xlabel="output feature", ylabel="input feature")
     axes.set_aspect("equal" if max(before.shape) <= 4 * min(before.shape) else "auto")
     axes.set_title(title, fontsize=10)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+    axes.locator_params(integer=True)
     names = {_KEPT: "kept", _GONE: "gone", _GROWN: "grown"}
     handles = [Patch(color=c, label=f"{names[c]} {len(at):,}") for c, at in parts.items()]
     axes.legend(handles=handles, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
