@@ -123,6 +123,10 @@ def devices() -> Devices:
 
     Each back end is asked on its own platform about a workload that it is made for; `why_not` answers for others. torch
     is imported if it is installed.
+
+    Returns:
+      A text, for `print`; its attributes are `versions`, `platforms`, `backends`, `library`, `gpus` and `torch`, and
+      `as_dict()` gives all of them for JSON.
     """
     return Devices(
         versions=_versions(),

@@ -106,6 +106,7 @@ def plot_pattern(
     axes.set(xlim=(0, pattern.shape[1]), ylim=(pattern.shape[0], 0), xlabel="output feature", ylabel="input feature")
     axes.set_aspect("equal" if max(pattern.shape) <= 4 * min(pattern.shape) else "auto")
     axes.set_title(caption(pattern) if title is None else title, fontsize=10)
+    axes.locator_params(integer=True)
     if not drawn.exact:
         axes.figure.colorbar(image, ax=axes, label="stored, % of a cell", fraction=0.046, pad=0.03)
     return axes
@@ -145,7 +146,8 @@ def as_html(pattern: BlockPattern) -> str:
 def as_lines(pattern: BlockPattern, most: tuple[int, int]) -> list[str]:
     """Text: a character for each cell, the darker the more of it is stored."""
     drawn = raster(pattern, most)
-    levels = np.ceil(drawn.shares / drawn.darkest * (len(_SHADES) - 1)).astype(int)
+    levels = np.round(drawn.shares / drawn.darkest * (len(_SHADES) - 1)).astype(int)  # what is even has one shade
+    levels = np.where(drawn.shares > 0, np.maximum(levels, 1), 0)
     return ["".join(_SHADES[level] for level in line) for line in levels]
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from jaxsparse._measured import Result, Workload
 from jaxsparse.bench import grid, running
 
 LIBRARY = pytest.mark.skipif(cpu_kernels.library_file() is None, reason="the CPU kernels were not built")
+
+CPU = _devices.BackEnd("cpu", "C++ kernels", True, ("float32",), None, None)
+NO_LIBRARY = _devices.Library(None, None, None)
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +69,13 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_all(monkeypatch, capsys
     assert capsys.readouterr().err == "jaxsparse: RuntimeError: two lines (--debug shows where)\n"
     with pytest.raises(RuntimeError, match="two"):
         run("devices", "--debug")
+
+
+def test_a_caller_in_python_gets_the_text(monkeypatch):
+    monkeypatch.setattr("jaxsparse._devices.devices", lambda: _devices.Devices({}, (), (CPU,), NO_LIBRARY, (), None))
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        assert run("devices") == 0
+    assert "C++ kernels" in text.getvalue()
 
 
 def test_an_interrupt_and_a_reader_that_left_are_no_errors(monkeypatch, capsys, tmp_path):
@@ -143,6 +154,28 @@ def test_show_draws_the_pattern_in_characters_and_in_a_file(tmp_path, capsys):
     drawn = ["│" + "".join("██" if stored else "  " for stored in row) + "│" for row in MASK]
     assert all(line in lines for line in drawn)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_of_show_keep_their_numbers_in_eighty_columns(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    pattern = BlockPattern.random(jax.random.key(0), (3072, 768), density=0.05)
+    tree = {"encoder.layer_11.attention.output.dense": {"kernel": np.ones(pattern.values_shape), "pattern": pattern}}
+    checkpoint.save(tmp_path / "a", tree)
+    for more in ((), ("--diff", str(tmp_path / "a"))):
+        assert run("show", str(tmp_path / "a"), "--pictures", "0", *more) == 0
+        printed = capsys.readouterr().out
+        assert max(map(len, printed.splitlines())) <= 80 and "…" not in printed
+        assert all(text in printed for text in (["117,965"] if more else ["3072x768", "153/154/154", "/"])), printed
+
+
+def test_a_picture_that_can_not_be_written_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    assert run("show", saved(tmp_path / "a"), "--png", str(tmp_path / "a.text")) == cli.BAD_INPUT
+    assert "matplotlib writes files that end in ." in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for command in (["show", saved(tmp_path / "a")], ["bench"]):
+        assert run(*command, "--png", str(tmp_path / "a.png")) == cli.BAD_INPUT
+        assert "--png needs matplotlib: pip install 'jaxsparse[plots]'." in capsys.readouterr().err
 
 
 def test_show_diff_counts_what_moved_and_says_so_by_its_exit_code(tmp_path, capsys):
@@ -280,6 +313,20 @@ def test_every_contender_of_bench_is_right_or_says_what_stops_it(block, train, m
         assert stopped or (result.ms == 1.0 and not result.note), (name, result.note)
 
 
+IN_TORCH = {"jaxsparse, torch", "torch loop of Linear", "torch bmm", "torch einsum", "torch grouped conv1d"}
+
+
+@pytest.mark.parametrize(("dtype", "train"), [("float32", True), ("f64", False), ("f64", True)])
+def test_every_way_to_diagonal_blocks_is_right_in_float64_too(dtype, train, monkeypatch):
+    monkeypatch.setattr(running, "take_turns", lambda calls, seconds, pause: [[[call() is None] for call in calls]])
+    cells = grid.cells([8], [16], [4], [1], [0.5], dtype, train, diagonal=[4, 8])
+    assert [(c.density, c.values_shape) for c in cells] == [(0.25, (4, 2, 4)), (0.125, (8, 1, 2))]
+    for measured in running.run(cells, 0):
+        assert {"jaxsparse", "JAX dense", "JAX masked", "JAX einsum"} <= set(measured.results)
+        assert IN_TORCH <= set(measured.results) or "torch" not in running.frameworks()
+        assert not any(result.note for result in measured.results.values()), measured.results
+
+
 def test_a_contender_that_computes_something_else_is_not_timed(monkeypatch, capsys):
     from jaxsparse.bench import in_jax
 
@@ -313,6 +360,11 @@ def test_bench_that_is_interrupted_keeps_what_it_has(tmp_path, monkeypatch, caps
         (["--dtype", "int8"], "dtype 'int8' is not one of float32"),
         (["--batch", "0"], "batch 0 is less than 1."),
         (["--batch", ""], "--batch has no value."),
+        (["--in", "30", "--diagonal", "4"], "4 diagonal blocks do not divide a matrix of 30x30."),
+        (["--diagonal", ""], "--diagonal has no value."),
+        (["--diagonal", "4", "--block", "8"], "leave out --density and --block."),
+        (["--save", "nowhere/run.json"], "there is no folder nowhere to write run.json to."),
+        (["--png", "nowhere/run.png"], "there is no folder nowhere to write run.png to."),
     ],
 )
 def test_a_grid_that_is_none_is_refused(arguments, says, capsys):

@@ -32,6 +32,21 @@ def test_no_size_and_no_density_fails(batch):
                 json.dumps(found.as_dict(), allow_nan=False)
 
 
+def test_what_is_huge_is_written_out_and_fits_a_terminal():
+    text = str(jaxsparse.explain(100_000, 99_991, 65_536, 1e-6, block=200_000))
+    assert max(map(len, text.splitlines())) <= 80 and "block-sparse 100000x99991" in text and "e+" not in text
+
+
+def test_blocks_of_one_entry_cost_what_single_entries_cost():
+    found = jaxsparse.explain(97, 4096, 64, 0.1, block=1)
+    blocks, entries = found.rows[2:]
+    assert (blocks.forward, blocks.step, blocks.layer.temporary_bytes) == (
+        entries.forward,
+        entries.step,
+        entries.layer.temporary_bytes,
+    )
+
+
 def test_the_tables_fit_a_terminal_and_name_every_format():
     text = str(jaxsparse.explain(4096, 4096, 256, 0.1, block=(64, 32), train=True))
     assert max(map(len, text.splitlines())) <= 80
@@ -103,7 +118,7 @@ def test_advice_prefers_the_freer_of_two_that_are_as_fast():
 def test_advice_says_where_it_begins_to_pay():
     said = advising.advice(rows(1, 4, 8), {1: 0.01, 32: 0.04}, "step")
     assert said.startswith("Stay dense, if it is for speed: block-sparse 32x32")
-    assert said.endswith("It pays below a density of about 0.04, in blocks of 32.")
+    assert said.endswith("Blocks of 32 pay below a density of about 0.04.")
     assert "No density would pay" in advising.advice(rows(1, 4, 8), {1: 0.0}, "step")
 
 

@@ -143,14 +143,19 @@ TABLE = {
     "jaxsparse/_findings.py": {"numpy", "jaxsparse._matrices", "jaxsparse.formats"},
     "jaxsparse/__main__.py": {"jaxsparse.cli"},
     "jaxsparse/cli/__init__.py": {"typer"},
-    "jaxsparse/cli/_output.py": {"rich"},
+    "jaxsparse/cli/_output.py": {"rich", "matplotlib"},
     "jaxsparse/cli/devices.py": {"typer", "jaxsparse._devices", "jaxsparse.cli._output"},
     "jaxsparse/bench/__init__.py": set(),
     "jaxsparse/bench/grid.py": NUMERIC | {"jaxsparse.formats"},
     "jaxsparse/bench/in_jax.py": NUMERIC | {"jaxsparse.bench.grid", "jaxsparse.ops"},
     TORCH_COMPETES: {"jax", "numpy", "torch", "torch_bridge.nn", "sparselab"}
     | {"jaxsparse.bench.grid", "jaxsparse.bench.in_jax"},
-    "jaxsparse/bench/running.py": {"numpy", "jaxsparse.bench.grid", "jaxsparse.costs.racing"},
+    "jaxsparse/bench/running.py": {
+        "numpy",
+        "jaxsparse.bench.grid",
+        "jaxsparse.costs._in_jax",
+        "jaxsparse.costs.racing",
+    },
     "jaxsparse/cli/bench.py": {"typer", "jaxsparse.bench", "jaxsparse.cli"},
     "jaxsparse/cli/_bench.py": {"rich", "matplotlib", "jaxsparse.devices", "jaxsparse.bench"}
     | {"jaxsparse.bench.grid", "jaxsparse.bench.running"},

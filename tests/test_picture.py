@@ -41,6 +41,12 @@ def test_a_large_pattern_is_drawn_by_how_full_each_cell_is():
     assert not drawn.exact and shades(BlockPattern.from_mask(mask)).shape == (96, 90)
 
 
+def test_what_is_even_has_one_shade_in_text():
+    pattern = BlockPattern.random(jax.random.key(0), (768, 3072), density=0.05)  # 38 or 39 entries an output
+    (shade,) = {c for line in _picture.as_lines(pattern, (4, 36)) for c in line}
+    assert shade == "▒"
+
+
 def test_of_a_huge_pattern_some_entries_are_looked_at(monkeypatch):
     pattern = BlockPattern.from_mask(np.tri(200, 160, dtype=bool))
     whole = _picture.raster(pattern, (5, 4)).shares

@@ -1,4 +1,4 @@
-"""Contenders in JAX: ours, dense, masked, and BCOO."""
+"""Contenders in JAX: ours, dense, masked, BCOO, and einsum where the blocks are diagonal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import sparse as jsparse
 
 from jaxsparse.bench.grid import Cell, Problem
-from jaxsparse.ops import spmm
+from jaxsparse.ops import block_diag_matmul, spmm
 
 RATE = 1e-3  # of plain gradient descent, which every contender's training step ends with
 _MOST_TEMPORARIES = 2**31  # bytes
@@ -20,13 +20,26 @@ def builders(cell: Cell, problem: Problem) -> dict[str, Callable[[], Callable[[]
     """By name, what makes a call; the call waits, and returns y."""
     p = problem
     everyone = {
-        "jaxsparse": lambda: _build(cell, p, p.values, p.pattern, lambda w, x, pattern: spmm(x, w, pattern)),
+        "jaxsparse": lambda: _ours(cell, p),
         "JAX dense": lambda: _build(cell, p, p.dense, None, lambda w, x, _: x @ w),
         "JAX masked": lambda: _build(cell, p, p.dense, jnp.asarray(p.mask), lambda w, x, mask: x @ (w * mask)),
     }
+    if cell.diagonal:
+        everyone["JAX einsum"] = lambda: _build(cell, p, p.values.reshape(cell.values_shape), None, _einsum)
     if cell.block == 1:
         everyone["JAX BCOO"] = lambda: _build(cell, p, p.values, _coordinates(p), _bcoo(p.shape))
     return everyone
+
+
+def _ours(cell: Cell, p: Problem) -> Callable[[], Any]:
+    if cell.diagonal:
+        return _build(cell, p, p.values.reshape(cell.values_shape), None, lambda w, x, _: block_diag_matmul(x, w))
+    return _build(cell, p, p.values, p.pattern, lambda w, x, pattern: spmm(x, w, pattern))
+
+
+def _einsum(w: jax.Array, x: jax.Array, _: None) -> jax.Array:
+    n, i, _o = w.shape
+    return jnp.einsum("bni,nio->bno", x.reshape(-1, n, i), w).reshape(len(x), -1)
 
 
 def _coordinates(p: Problem) -> jax.Array:

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxsparse.bench.grid import Cell, Problem
+from jaxsparse.costs._in_jax import wide
 from jaxsparse.costs.racing import take_turns
 
 DENSE = ("JAX dense", "torch dense")
-_ALLOWED = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # relative to the largest number
+_ALLOWED = {"float64": 1e-12, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # relative to the largest number
 _PAUSE = 0.003  # seconds: idle threads of torch (OpenMP) and of XLA spin for less than that, then sleep
 _FRAMEWORKS = {"jax": "in_jax", "torch": "in_torch"}
 
@@ -73,18 +74,23 @@ def run(
       tell: is told what is being done.
     """
     for cell in grid:
-        problem, calls, notes = Problem(cell), {}, {}
-        for framework in frameworks():
-            for name, build in _contenders_in(framework).builders(cell, problem).items():
-                if re.search(only, name):
-                    tell(name)
-                    call = _made(build, problem, cell)
-                    (notes if isinstance(call, str) else calls)[name] = call
-        tell("taking turns")
-        turns = take_turns(list(calls.values()), seconds, pause=_PAUSE) if calls else []
-        timed = {name: _result([turn[k] for turn in turns]) for k, name in enumerate(calls)}
-        results = {**timed, **{name: Result(note=note) for name, note in notes.items()}}
-        yield Measured(cell, results)
+        with wide(cell.dtype):
+            measured = _measured(cell, seconds, only, tell)
+        yield measured
+
+
+def _measured(cell: Cell, seconds: float, only: str, tell: Callable[[str], None]) -> Measured:
+    problem, calls, notes = Problem(cell), {}, {}
+    for framework in frameworks():
+        for name, build in _contenders_in(framework).builders(cell, problem).items():
+            if re.search(only, name):
+                tell(name)
+                call = _made(build, problem, cell)
+                (notes if isinstance(call, str) else calls)[name] = call
+    tell("taking turns")
+    turns = take_turns(list(calls.values()), seconds, pause=_PAUSE) if calls else []
+    timed = {name: _result([turn[k] for turn in turns]) for k, name in enumerate(calls)}
+    return Measured(cell, {**timed, **{name: Result(note=note) for name, note in notes.items()}})
 
 
 def save(path: Path, measured: Sequence[Measured], about: Mapping[str, Any]) -> None:
@@ -107,7 +113,7 @@ def _made(build: Callable[[], Any], problem: Problem, cell: Cell) -> Any:
     try:
         call = build()
         y = call()
-        got = np.asarray(y.float().cpu() if hasattr(y, "cpu") else y.astype(np.float32))[: len(problem.first_rows)]
+        got = np.asarray(y.double().cpu() if hasattr(y, "cpu") else y).astype(np.float64)[: len(problem.first_rows)]
     except Exception as error:  # whatever a library says of what it can't do
         return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     want = problem.first_rows

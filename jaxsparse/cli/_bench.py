@@ -26,6 +26,11 @@ _COLORS = {
     "torch masked": "#58d68d",
     "torch CSR": "#7d6608",
     "torch BSR": "#7d6608",
+    "JAX einsum": "#76448a",
+    "torch loop of Linear": "#c0392b",
+    "torch bmm": "#7d6608",
+    "torch einsum": "#17a589",
+    "torch grouped conv1d": "#839192",
     "SparseLab": "#c0392b",
 }
 
@@ -111,7 +116,8 @@ def tables(measured: Sequence[Measured], about: dict[str, Any]) -> Iterator[Any]
         table = Table(box=None, pad_edge=False, header_style="dim")
         table.add_column("")
         for m in group:
-            table.add_column(f"{m.cell.density:.4g} kept", justify="right")
+            what = f"x{m.cell.diagonal}, {m.cell.density:.4g} kept" if m.cell.diagonal else f"{m.cell.density:.4g} kept"
+            table.add_column(what, justify="right")
         for name in dict.fromkeys(name for m in group for name in m.results):
             table.add_row(name, *[_shown(m, name) for m in group], style="bold" if name == "jaxsparse" else "")
         yield table
@@ -130,12 +136,7 @@ def tables(measured: Sequence[Measured], about: dict[str, Any]) -> Iterator[Any]
 
 
 def draw(measured: Sequence[Measured], about: dict[str, Any], path: Path) -> None:
-    """Writes the picture: speed over density, a plot for each table, the ideal dashed."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("--png needs matplotlib: pip install 'jaxsparse[plots]'.") from error
-    matplotlib.use("Agg")
+    """Writes the picture, which `check_picture` has allowed: speed over density, a plot for each table."""
     import matplotlib.pyplot as plt
 
     groups = [group for _, group in _groups(measured)]
@@ -191,7 +192,9 @@ def _shown(m: Measured, name: str) -> str:
         return "-"
     about = "~" if result.high - result.low > 0.2 * result.ms else ""
     speed = m.speed(name)
-    return f"{about}{result.ms:.3g}" + (f"  [green]{speed:.2f}x[/green]" if speed else "")
+    if not speed:
+        return f"{about}{result.ms:.3g}"
+    return f"{about}{result.ms:.3g}  [green]{f'{speed:.2f}' if speed >= 0.1 else f'{speed:.1g}'}x[/green]"
 
 
 def _notes(group: list[Measured]) -> Iterator[Any]:

@@ -36,7 +36,9 @@ def table(matrices: Matrices) -> Any:
 
     from jaxsparse._findings import degrees
 
-    result = _table("layer", "stored", "shape", "block", "density", "empty in", "empty out", "per output", "per input")
+    result = _table(
+        "layer", "stored", "shape", "block", "density", "empty\nin", "empty\nout", "per\noutput", "per\ninput"
+    )
     for name, m in matrices.items():
         line = [escape(name), m.stored, "{}x{}".format(*m.shape)]
         if m.pattern is None:
@@ -46,7 +48,7 @@ def table(matrices: Matrices) -> Any:
         empty = [f"[red]{d.empty}[/red]" if d.empty else "0" for d in found.values()]
         spread = [_spread(found[axis]) for axis in ("outputs", "inputs")]
         result.add_row(*line, "{}x{}".format(*m.pattern.block), f"{m.density:.3g}", *empty, *spread)
-    result.caption = "per output, per input: least, median and most stored blocks (or entries) of a line"
+    result.caption = "per output, per input: least/median/most stored blocks (or entries) of a line"
     result.caption_justify = "left"
     return result
 
@@ -55,7 +57,7 @@ def moves(before: Matrices, after: Matrices, moved: Mapping[str, Moved]) -> Any:
     """A line for each matrix of two checkpoints."""
     from rich.markup import escape
 
-    result = _table("layer", "density", "then", "kept", "gone", "grown", "moved", "values changed", "note")
+    result = _table("layer", "density", "then", "kept", "gone", "grown", "moved", "values\nchanged", "note")
     for name, m in moved.items():
         densities = [f"{side[name].density:.3g}" if name in side else "" for side in (before, after)]
         counts = ["" if n is None else f"{n:,}" for n in (m.kept, m.gone, m.grown)]
@@ -132,14 +134,15 @@ def _bars(d: Degrees) -> str:
 
 
 def _spread(d: Degrees) -> str:
-    return f"{d.least} {d.median:g} {d.most}"
+    return f"{d.least}/{d.median:g}/{d.most}"
 
 
 def _table(*names: str) -> Any:
     from rich.table import Table
 
-    result = Table(box=None, pad_edge=False, header_style="dim")
+    result = Table(box=None, padding=(0, 1, 0, 0), collapse_padding=True, pad_edge=False, header_style="dim")
     for k, name in enumerate(names):
         words = name in ("layer", "stored", "shape", "block", "note")
-        result.add_column(name, justify="left" if words else "right", overflow="fold" if k == 0 else "ellipsis")
+        folds: dict[str, Any] = {"overflow": "fold", "min_width": 12} if k == 0 else {"no_wrap": name != "note"}
+        result.add_column(name, justify="left" if words else "right", **folds)
     return result

@@ -22,7 +22,7 @@ _KEPT, _GONE, _GROWN = "#8a8f9c", "#d9480f", "#2b8a3e"
 
 
 def save(before: Mapping[str, Matrix], after: Mapping[str, Matrix] | None, path: Path) -> None:
-    """Writes the picture, in the format that the name ends in."""
+    """Writes the picture that `check_picture` has allowed, in the format that the name ends in."""
     drawn = {name: m.pattern for name, m in before.items() if m.pattern is not None}
     if not drawn:
         raise ValueError("there is no pattern to draw: every matrix is dense.")
@@ -31,9 +31,6 @@ def save(before: Mapping[str, Matrix], after: Mapping[str, Matrix] | None, path:
             f"jaxsparse: {path} has the first {_MOST} of {len(drawn)} patterns; --layers picks others", file=sys.stderr
         )
     drawn = dict(list(drawn.items())[:_MOST])
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     with plt.rc_context({"font.size": 10, "text.color": INK, "axes.labelcolor": QUIET, "axes.edgecolor": "#c9c7c2"}):
@@ -70,7 +67,7 @@ def _draw_degrees(axes: Any, d: Degrees, then: Degrees | None) -> None:
     axes.stairs(d.counts, np.array(d.edges) - 0.5, fill=True, color=_KEPT, label="first")
     if then is not None:
         axes.stairs(then.counts, np.array(then.edges) - 0.5, color=_GONE, linewidth=1.5, label="second")
-        axes.legend(frameon=False)
+        axes.legend(framealpha=0.85, edgecolor="none")
     ends = [edge for histogram in (d, then) if histogram for edge in (histogram.edges[0], histogram.edges[-1])]
     axes.set_xlim(min(ends) - 1.5, max(ends) + 0.5)
     empty = f", [{d.empty} empty]" if d.empty else ""
@@ -95,6 +92,7 @@ def _draw_moves(axes: Any, before: BlockPattern, after: BlockPattern, title: str
     axes.set(xlim=(0, before.shape[1]), ylim=(before.shape[0], 0), xlabel="output feature", ylabel="input feature")
     axes.set_aspect("equal" if max(before.shape) <= 4 * min(before.shape) else "auto")
     axes.set_title(title, fontsize=10)
+    axes.locator_params(integer=True)
     names = {_KEPT: "kept", _GONE: "gone", _GROWN: "grown"}
     handles = [Patch(color=c, label=f"{names[c]} {len(at):,}") for c, at in parts.items()]
     axes.legend(handles=handles, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))

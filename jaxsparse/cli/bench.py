@@ -10,9 +10,12 @@ def bench(
     size_in: Annotated[str, typer.Option("--in", help="Input features; several with commas.")] = "1024",
     size_out: Annotated[str, typer.Option("--out", help="Output features; the inputs' where left out.")] = "",
     batch: Annotated[str, typer.Option(help="Rows of the input.")] = "128",
-    density: Annotated[str, typer.Option(help="Shares of the weights that are kept.")] = "0.01,0.05,0.1,0.2",
-    block: Annotated[str, typer.Option(help="Sides of the blocks; 1 is single entries.")] = "1",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 (bf16) or float16 (f16).")] = "float32",
+    density: Annotated[
+        str | None, typer.Option(help="Shares of the weights that are kept; 0.01,0.05,0.1,0.2 where left out.")
+    ] = None,
+    block: Annotated[str | None, typer.Option(help="Sides of the blocks; 1, single entries, where left out.")] = None,
+    diagonal: Annotated[str | None, typer.Option(help="Numbers of diagonal blocks, in place of these two.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 (bf16), float16 (f16) or float64 (f64).")] = "float32",
     train: Annotated[bool, typer.Option("--train", help="Time training steps: forward, both gradients, SGD.")] = False,
     seconds: Annotated[float, typer.Option(help="For the turns of each cell.", min=0)] = 2.0,
     only: Annotated[str, typer.Option(help="Contenders whose name holds this regular expression.")] = "",
@@ -30,27 +33,33 @@ def bench(
     Examples:
       jaxsparse bench --in 2048 --batch 256 --density 0.05,0.1,0.3 --train
       jaxsparse bench --in 768 --out 3072 --block 1,32 --dtype bf16 --png speed.png
+      jaxsparse bench --in 1024 --diagonal 2,4,16 --train
       jaxsparse bench --in 512,4096 --only 'jaxsparse|dense' --save run.json --json
     """
     from jaxsparse.bench import grid, running
     from jaxsparse.cli import _bench, _output
 
+    if diagonal is not None and (density or block):
+        raise ValueError("--diagonal says where all weights are: leave out --density and --block.")
     cells = grid.cells(
         _bench.whole("--in", size_in),
         _bench.whole("--out", size_out),
         _bench.whole("--batch", batch),
-        _bench.whole("--block", block),
-        _bench.shares("--density", density),
+        _bench.whole("--block", "1" if block is None else block),
+        _bench.shares("--density", "0.01,0.05,0.1,0.2" if density is None else density),
         dtype,
         train,
+        _bench.whole("--diagonal", diagonal) if diagonal is not None else None,
     )
+    _output.check_folder(out)
+    _output.check_picture(png)
     about = _bench.about()
     measured = _bench.run_with_progress(cells, seconds, only, lambda done: out and running.save(out, done, about))
+    if png and measured:
+        _bench.draw(measured, about, png)
     if json:
         _output.show_json(running.as_dict(measured, about))
     else:
         _output.show(*_bench.tables(measured, about))
-    if png and measured:
-        _bench.draw(measured, about, png)
     if len(measured) < len(cells):
         raise typer.Exit(1)

@@ -37,9 +37,12 @@ def show(
             raise ValueError(f"no layer of {path} holds {layers!r} in its path; there are {', '.join(found)}.")
         return chosen
 
+    _output.check_picture(png)
     before = read(file)
     after = read(diff) if diff else None
     moved = _show.differences(before, after) if after is not None else {}
+    if png:
+        _show.save(before, after, png)
     if json:
         told = {"file": str(file), "layers": [_findings.as_dict(*item) for item in before.items()]}
         if after is not None:
@@ -50,7 +53,5 @@ def show(
         _output.show(_show.moves(before, after, moved), *_show.pictures(before, pictures, after))
     else:
         _output.show(_show.table(before), *_show.pictures(before, pictures))
-    if png:
-        _show.save(before, after, png)
     if any(m.is_change for m in moved.values()):
         raise typer.Exit(1)

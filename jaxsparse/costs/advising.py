@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from jaxsparse.costs import model
-from jaxsparse.costs.words import amount, milliseconds
+from jaxsparse.costs.words import amount, milliseconds, plain
 
 if TYPE_CHECKING:
     from jaxsparse.costs.explaining import Row
@@ -65,12 +65,14 @@ def _verdict(best: Row, dense: Row, mode: str) -> str:
     if faster:
         mine, theirs = _times(best, dense, mode)
         times = f"{milliseconds(mine)} instead of {milliseconds(theirs)}"
-        return f"Take {best.layer}. {_WHAT[mode]} is {how} {ratio:.2g} times as fast as dense, {times}, with {saved}."
+        fast = f"{plain(ratio, 2)} times as fast"
+        return f"Take {best.layer}. {_WHAT[mode]} is {how} {fast} as dense, {times}, with {saved}."
     if faster is None:
         way = "" if mode in best.races else ": measure it (measured=True, or --measure)"
-        return f"Too close to call: {best.layer}, the best format, is {how} {ratio:.2g} times as fast as dense{way}."
+        times = "" if f"{ratio:.2g}" == "1" else f"{ratio:.2g} times "
+        return f"Too close to call: {best.layer}, the best format, is {how} {times}as fast as dense{way}."
     return (
-        f"Stay dense, if it is for speed: {best.layer}, the best format, is {how} {1 / ratio:.2g} times as slow. "
+        f"Stay dense, if it is for speed: {best.layer}, the best format, is {how} {plain(1 / ratio, 2)} times as slow. "
         f"It would store {saved}."
     )
 
@@ -82,13 +84,14 @@ def _beside(best: Row, others: Sequence[Row], dense: Row, crossover: Mapping[int
         if crossover[pays] > best.layer.density:  # by a prediction, and the verdict is by a race
             return ""
         if crossover[pays] < 1e-4:
-            return "No density would pay at this size: the call takes longer than the product."
-        return f"It pays below a density of about {crossover[pays]:.2g}, in {_blocks(pays)}."
+            return "No density would pay at this size: even nearly empty layers take longer than dense ones."
+        what = _blocks(pays)
+        return f"{what[0].upper()}{what[1:]} pay below a density of about {crossover[pays]:.2g}."
     loose = next((row for row in others if row.layer.kind == "sparse"), None)
     if loose is None or loose is best:
         return ""
     ratio, faster = speed(loose, dense, mode), leans(loose, dense, mode)
-    say = {True: f"{ratio:.2g} times as fast", False: "slower than dense", None: "about as fast as dense"}[faster]
+    say = {True: f"{plain(ratio, 2)} times as fast", False: "slower than dense", None: "about as fast as dense"}[faster]
     return f"If the zeros can't be arranged in blocks, unstructured is {_how(loose, mode)} {say}."
 
 

@@ -82,8 +82,9 @@ class Explanation:
 
     def __str__(self) -> str:
         dense, p = self.rows[0].layer, self.profile
+        rows = f"{dense.batch} row{'s' if dense.batch > 1 else ''}"
         head = (
-            f"{dense.shape[0]} to {dense.shape[1]} features, {dense.batch} rows, {dense.dtype}\n"
+            f"{dense.shape[0]} to {dense.shape[1]} features, {rows}, {dense.dtype}\n"
             f"in {'PyTorch' if p.framework == 'torch' else 'JAX'} on {p.machine}, {p.threads} threads"
         )
         said = [f"{row.layer}: {row.note}." for row in self.rows if row.note]
@@ -94,13 +95,13 @@ class Explanation:
                 f"Others kept {p.busy:.1f} cores busy while the machine's rates were measured, so that these are too "
                 f"low: delete {file} when it is quiet."
             )
-        notes = [line for each in said for line in textwrap.wrap(each, _WIDTH, subsequent_indent="  ")]
+        notes = [line for each in said for line in _wrapped(each, first="")]
         below = [f"{'single entries' if b == 1 else f'{b}x{b}'} {_density(d)}" for b, d in self.crossover.items()]
         what = "training step" if self.train else "forward pass"
         pays = f"The {what} is predicted to be faster than dense below these densities:"
         return "\n".join(
             [head, "", *_memory(self.rows), "", *_time(self.rows), "", pays, *_wrapped(", ".join(below)), *notes]
-            + ["", *textwrap.wrap(self.advice, _WIDTH)]
+            + ["", *_wrapped(self.advice, first="", others="")]
         )
 
 
@@ -134,6 +135,8 @@ def explain(
       train: whether the advice is about training steps: forward and backward pass, and Adam.
       torch: in PyTorch instead of JAX.
       measured: also measure, where it fits: each format raced against dense, as `jaxsparse.measure` does.
+    Returns:
+      An `Explanation`: a text, for `print`, and the numbers.
     Raises:
       ValueError: for sizes below 1, a density outside of [0, 1], an unknown dtype or a block that is none.
       ImportError: if the framework is not installed.
@@ -199,7 +202,7 @@ def _memory(rows: Sequence[Row]) -> list[str]:
         held = row.layer
         sizes = (held.weight_bytes, held.index_bytes, held.weight_bytes, held.moment_bytes, held.temporary_bytes)
         lines.append([str(held), f"{held.density:.3g}", *(amount(size, "B") for size in sizes)])
-    return table(lines)
+    return table(lines, _WIDTH)
 
 
 def _time(rows: Sequence[Row]) -> list[str]:
@@ -209,11 +212,14 @@ def _time(rows: Sequence[Row]) -> list[str]:
         ratios = (f"{row.forward / dense.forward:.2f}", f"{row.step / dense.step:.2f}")
         times = (milliseconds(row.forward), ratios[0], milliseconds(row.step), ratios[1])
         lines.append((str(row.layer), amount(row.layer.operations, ""), *times))
-    return table(lines)
+    return table(lines, _WIDTH)
 
 
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="  ")
+def _wrapped(text: str, first: str = "  ", others: str = "  ") -> list[str]:
+    """Lines; names of files and formats stay whole."""
+    return textwrap.wrap(
+        text, _WIDTH, initial_indent=first, subsequent_indent=others, break_on_hyphens=False, break_long_words=False
+    )
 
 
 def _density(number: float) -> str:

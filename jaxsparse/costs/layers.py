@@ -39,6 +39,11 @@ class Layer:
         return self.stored * self.block[0] * self.block[1]
 
     @property
+    def kernels(self) -> str:
+        """The kind whose kernels compute it: blocks of one entry are single entries."""
+        return "sparse" if self.kind == "block_sparse" and self.block == (1, 1) else self.kind
+
+    @property
     def density(self) -> float:
         return self.stored / math.prod(grid_of(self.shape, self.block))
 
@@ -67,7 +72,7 @@ class Layer:
     def temporary_bytes(self) -> int:
         """What a training step holds beside weights, their gradients and moments: input, output, the gradients of
         both, and what the kernels copy."""
-        packed = min(self.batch * sum(self.shape) * 4, _PACKED) if self.kind == "sparse" else 0
+        packed = min(self.batch * sum(self.shape) * 4, _PACKED) if self.kernels == "sparse" else 0
         return 2 * self.activation_bytes + packed
 
     @property

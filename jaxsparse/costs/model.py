@@ -36,7 +36,7 @@ def seconds(layer: Layer, profile: Profile, mode: str) -> float:
     """
     if mode == "step":
         return seconds(layer, profile, "gradients") + _update(layer, profile)
-    fitted = _table()[profile.framework][layer.kind]
+    fitted = _table()[profile.framework][layer.kernels]
     factor = fitted["dtypes"].get(layer.dtype, 1.0)
     parts = terms(layer, profile, mode)
     factors = _between(fitted["knots"], fitted[mode], place(layer, fitted["axis"]))
@@ -67,7 +67,7 @@ def _rate(layer: Layer, profile: Profile) -> float:
     """Operations a second: diagonal blocks as large as dense layers are multiplied as such."""
     if layer.kind == "dense" or (layer.kind == "block_diag" and min(layer.block) >= _DENSE_WORK):
         return profile.rate(layer.dtype)
-    return profile.kernels["entries" if layer.kind == "sparse" else "blocks"]
+    return profile.kernels["entries" if layer.kernels == "sparse" else "blocks"]
 
 
 def place(layer: Layer, axis: str) -> float:

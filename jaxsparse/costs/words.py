@@ -18,11 +18,18 @@ def milliseconds(number: float) -> str:
     """Three digits, in microseconds, milliseconds or seconds."""
     if number < 0.1:
         return f"{1e3 * number:.3g} us"
-    return f"{number:.3g} ms" if number < 999.5 else f"{number / 1e3:.3g} s"
+    return f"{number:.3g} ms" if number < 999.5 else f"{plain(number / 1e3, 3)} s"
 
 
-def table(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Columns side by side, the first to the left, numbers to the right."""
+def plain(number: float, digits: int) -> str:
+    """So many digits that count, and no exponent: 34,100."""
+    rounded = float(f"{number:.{digits}g}")
+    return f"{rounded:,.0f}" if rounded >= 10**digits else f"{rounded:.{digits}g}"
+
+
+def table(lines: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Columns side by side, the first to the left, numbers to the right; closer together where they need the room."""
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     pad = [str.ljust, *[str.rjust] * (len(widths) - 1)]
-    return ["  ".join(p(cell, w) for p, cell, w in zip(pad, line, widths, strict=True)).rstrip() for line in lines]
+    gap = " " * (2 if sum(widths) + 2 * len(widths) - 2 <= width else 1)
+    return [gap.join(p(cell, w) for p, cell, w in zip(pad, line, widths, strict=True)).rstrip() for line in lines]

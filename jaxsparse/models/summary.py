@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 _FRAMEWORKS = {"torch.nn.modules.module": "torch", "flax.nnx.module": "nnx", "flax.linen.module": "linen"}
@@ -21,8 +21,8 @@ class Row(NamedTuple):
       density: the fraction of the matrix that is stored; of a layer that torch.nn.utils.prune masks, that is kept.
       parameters: how many numbers are trained.
       bytes: of parameters and pattern.
-      flops: of the forward product of one input row, two for a multiply-add; 0 for layers without a product, None where
-        it depends on more than a row, as in a convolution.
+      flops: of the forward product, two for a multiply-add: of the whole call where inputs were given, else of one row
+        of input; 0 for layers without a product, None where it is not known, as of a convolution without inputs.
     """
 
     path: str
@@ -33,6 +33,38 @@ class Row(NamedTuple):
     parameters: int
     bytes: int
     flops: int | None
+
+
+class Call(NamedTuple):
+    """How many numbers went into a layer and came out, and how large its weight then was."""
+
+    into: int
+    out: int
+    weight: int
+
+
+class Product(NamedTuple):
+    """What a layer multiplies: `flops` for each `unit` numbers of its output.
+
+    Attributes:
+      of_input: the unit is of the input instead, as of a transposed convolution.
+      by_row: a row of the input makes one unit.
+      weight: numbers of the weight; in a stack of layers, of all of them.
+    """
+
+    flops: int
+    unit: int = 1
+    of_input: bool = False
+    by_row: bool = True
+    weight: int = 0
+
+    def made_in(self, calls: Sequence[Call] | None) -> int | None:
+        """FLOPs of these calls; of one row where nobody called it."""
+        if calls is None:
+            return self.flops if self.by_row else None
+        if calls and calls[0].weight < self.weight:  # a scan over a stack, which traces its body more than once
+            calls = calls[:1]
+        return sum(call.into if self.of_input else call.out for call in calls) * self.flops // self.unit
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -57,7 +89,7 @@ class Summary:
 
     @property
     def flops(self) -> int:
-        """Of one input row, in the layers where that is known."""
+        """Of the call, or of one input row, in the layers where that is known."""
         return sum(row.flops or 0 for row in self.rows)
 
     def share(self, row: Row) -> float | None:
@@ -78,38 +110,49 @@ class Summary:
         return as_text(self)
 
 
-def summary(model: Any, variables: Any = None, *inputs: Any) -> Summary:
+def summary(model: Any, *inputs: Any) -> Summary:
     """Every layer of a model: path, kind, shape, density, parameters, bytes, share of the FLOPs.
 
+        summary(model)                # of NNX and PyTorch; FLOPs are those of one row
+        summary(model, x)             # FLOPs of a call, those of convolutions too
+        summary(model, variables, x)  # of Linen; x may be left out here as well
+
+    Nothing is computed: the call is one on shapes.
+
     Args:
-      model: a Flax NNX module, a `torch.nn.Module`, or a Flax Linen module, which takes
-      variables: what its `init` gave, or shapes of it, as `jax.eval_shape` gives them, and
-      inputs: what it is called with, or shapes. Without, the kinds of Linen's layers are guessed from their parameters.
+      model: a module of Flax NNX, PyTorch or Flax Linen.
+      inputs: what it is called with: arrays, tensors (of PyTorch, on the meta device too), or what `jax.eval_shape`
+        gives. Of Linen the variables come first, as in `apply`, or shapes of them; without inputs, the kinds of its
+        layers are guessed from their parameters.
     Returns:
-      A `Summary`. Layers that share a parameter, or are one, are counted once.
+      A `Summary`. Layers that share a parameter, or are one, are counted once; the FLOPs are those of all their calls.
     Raises:
       TypeError: for what is no module; for a Linen module without variables, and for others with them.
     """
     framework = next((_FRAMEWORKS[c.__module__] for c in type(model).__mro__ if c.__module__ in _FRAMEWORKS), None)
     if framework is None:
         raise TypeError(f"summary takes a module of Flax NNX, Flax Linen or PyTorch, got {type(model).__name__}.")
-    if (framework == "linen") != (variables is not None):
+    if (framework == "linen") != _begins_with_variables(inputs):
         how = "needs its variables: summary(model, variables)" if framework == "linen" else "has its parameters in it"
         raise TypeError(f"{type(model).__name__} is a module of {framework}, which {how}.")
     if framework == "torch":
         from torch_bridge.summary import rows
 
-        return Summary(tuple(rows(model)))
+        return Summary(tuple(rows(model, inputs)))
     from jaxsparse.models import _summary_flax
 
     if framework == "nnx":
-        return Summary(tuple(_summary_flax.nnx_rows(model)))
-    return Summary(tuple(_summary_flax.linen_rows(model, variables, inputs)))
+        return Summary(tuple(_summary_flax.nnx_rows(model, inputs)))
+    return Summary(tuple(_summary_flax.linen_rows(model, inputs[0], inputs[1:])))
 
 
-def dense_flops(shapes: dict[str, tuple[int, ...]]) -> int | None:
-    """Of a layer of unknown kind: none if no parameter has two dimensions, else nobody knows."""
-    return None if any(len(shape) > 1 for shape in shapes.values()) else 0
+def _begins_with_variables(inputs: Sequence[Any]) -> bool:
+    return bool(inputs) and isinstance(inputs[0], Mapping) and ("params" in inputs[0] or not inputs[0])
+
+
+def of_unknown_kind(shapes: Mapping[str, tuple[int, ...]]) -> Product | None:
+    """None if no parameter has two dimensions, else nobody knows."""
+    return None if any(len(shape) > 1 for shape in shapes.values()) else Product(0)
 
 
 def largest(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
