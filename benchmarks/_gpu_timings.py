@@ -82,16 +82,16 @@ def _tune(kernel: str, block: int, m: int, size: int, dry_run: bool) -> Callable
     x, blocks = testing.normal(0, (m, size), jnp.bfloat16), testing.normal(1, pattern.values_shape, jnp.bfloat16)
     lines, device, programs = size // block, describe(), {}
     if kernel == "gather":
-        candidates = list(configs.candidates_for_gather(m, size, block, block, lines))
+        candidates = list(configs.candidates_for_gather(m, size, block, block, lines, pattern.nnzb))
     else:
         candidates = list(configs.candidates_for_sample(block, block, pattern.nnzb, lines))
     if dry_run:
         return lambda: {"candidates": [c._asdict() for c in candidates], "skipped": "a dry run"}
-    from pallas_kernels.mosaic import gather, sample
+    from pallas_kernels.mosaic import multiply, sample
 
     for config in candidates:
         if kernel == "gather":
-            f = lambda x, w, index, c=config: gather.gather(  # noqa: E731
+            f = lambda x, w, index, c=config: multiply.multiply(  # noqa: E731
                 x, w, lines_of(index, False), None, c, device, transposed=False, activation=None
             )
         else:

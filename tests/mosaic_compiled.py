@@ -108,4 +108,5 @@ if __name__ == "__main__":
         f"blocks of {b}, batch {m}": products(gpu, b, m, jnp.bfloat16) for b, m in ((128, 8192), (64, 100), (16, 64))
     }
     result |= {"blocks of 32, float16": products(gpu, 32, 8192, jnp.float16)}
+    result |= {"lines together": products(gpu, 64, 8192, jnp.bfloat16, 64, 1024)}
     print(json.dumps({"kernels": result, "collectives": collectives(mesh(8))}))
