@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -171,7 +171,7 @@ def _loop(x, w, bias):
     return jax.nn.gelu(jnp.concatenate(parts, axis=1) + bias)
 
 
-def _run(f, mode: str, x, weight, dy, within=contextlib.nullcontext) -> Program:
+def _run(f, mode: str, x, weight, dy, within: Callable = contextlib.nullcontext) -> Program:
     """One product, one of its gradients, or a step: forward, both gradients and SGD. XLA drops what isn't asked for."""
 
     def measured(x, weight, dy):

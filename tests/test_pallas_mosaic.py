@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxsparse import BlockPattern, spmm
 from pallas_kernels import mosaic
 from pallas_kernels._device import Device
 from pallas_kernels._lines import Index, lines_of
@@ -211,6 +212,19 @@ def test_small_blocks_share_their_x_where_that_loads_less():
     assert isinstance(chosen(8192, 128, 0.1), configs.Gather)
     assert isinstance(chosen(512, 64, 0.25), configs.Gather)  # too little work for every program
     assert isinstance(chosen(8192, 64, 0.25, share=False), configs.Gather)
+
+
+@needs_interpreter
+def test_the_kernel_of_single_lines_is_in_the_program_where_it_is_asked_for():
+    from pallas_kernels.mosaic import configs
+
+    pattern = BlockPattern.random(jax.random.key(0), (4096, 4096), density=0.25, block=64)
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((8192, 4096), pattern.values_shape))
+    product = lambda x, w: spmm(x, w, pattern, backend="mosaic")  # noqa: E731
+    assert "jaxsparse_gather_union" in lower(product, x, w)
+    with configs.line_by_line():
+        alone = lower(lambda x, w: product(x, w), x, w)
+    assert "jaxsparse_gather_union" not in alone and "jaxsparse_gather" in alone
 
 
 @needs_interpreter
