@@ -67,10 +67,10 @@ BUGS = {
         "blocks of 64x128",
         "dW",
     ),
-    "x is not waited for": (
+    "another part of x": (
         "union.py",
-        "of_x.wait_until_loaded(x_done)",
-        "of_x.stage(x_done)",
+        "source * inner + k",
+        "source * inner",
         "lines together, in parts",
         "y",
     ),
