@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ import numpy as np
 
 from benchmarks._gpu_run import Program
 from jaxsparse import BlockPattern, block_diag_matmul, spmm
+from pallas_kernels.mosaic import configs
 
+LINE_BY_LINE = "ours (mosaic, line by line)"  # the kernel whose programs hold one line, whatever is chosen
 MODES = ("forward", "dX", "dW", "step")
 
 
@@ -44,7 +47,7 @@ class Cell:
 
 def grid(toy: bool) -> list[Cell]:
     """All cells, those first that decide what `backend=None` takes."""
-    return list(dict.fromkeys(_toy() if toy else (*deciding(), *_full())))
+    return list(dict.fromkeys(_toy() if toy else (*deciding(), *wider(), *_rest())))
 
 
 def deciding() -> Iterator[Cell]:
@@ -71,11 +74,24 @@ def _toy() -> Iterator[Cell]:
     yield Cell("unstructured", 4, (64, 64), (1, 1), 0.1, "forward", "float32", layers=2)
 
 
-def _full() -> Iterator[Cell]:
+def wider() -> Iterator[Cell]:
+    """The cells of the second call: as many as its minutes hold."""
     for mode in MODES:
         for block in (128, 64, 32):
             for density in (0.1, 0.25, 0.5):
                 yield Cell("blocks", 8192, (4096, 4096), (block, block), density, mode)
+    for batch in (256, 2048, 8192):
+        yield Cell("unstructured", batch, (4096, 4096), (1, 1), 0.1, "step")
+    for density in (0.05, 0.1, 0.25):
+        for batch in (1, 4, 16, 64):
+            yield Cell("unstructured", batch, (4096, 4096), (1, 1), density, "forward", layers=32)
+    for cell in _rest():
+        some = cell.batch in (128, 8192) and cell.shape[0] // cell.block[0] in (4, 16) and cell.dtype == "bfloat16"
+        if cell.family == "block-diagonal" and some and cell.block[0] in (64, 256, 1024):
+            yield cell
+
+
+def _rest() -> Iterator[Cell]:
     for batch in (128, 1024, 8192):
         for count in (1, 2, 4, 8, 16):
             for width in (64, 128, 256, 512, 1024, 2048, 4096):
@@ -85,8 +101,6 @@ def _full() -> Iterator[Cell]:
                         cell = Cell("block-diagonal", batch, (size, size), (width, width), 1 / count, mode, dtype)
                         if batch * size <= 2**27:
                             yield cell
-    for batch in (256, 2048, 8192):
-        yield Cell("unstructured", batch, (4096, 4096), (1, 1), 0.1, "step")
     for density in (0.05, 0.1, 0.25):
         for batch in (1, 2, 4, 8, 16, 32, 64):
             yield Cell("unstructured", batch, (4096, 4096), (1, 1), density, "forward", layers=32)
@@ -112,6 +126,9 @@ def contenders(cell: Cell, backends: list[str]) -> dict[str, Program]:
         }
     found = {name: functools.partial(spmm, pattern=cell.pattern, backend=backend) for name, backend in ours.items()}
     found = {name: _run(f, cell.mode, x, blocks, dy) for name, f in found.items()}
+    if "mosaic" in backends:
+        product = functools.partial(spmm, pattern=cell.pattern, backend="mosaic")
+        found[LINE_BY_LINE] = _run(product, cell.mode, x, blocks, dy, within=configs.line_by_line)
     weight = jnp.asarray(rng.standard_normal(cell.shape, np.float32), dtype)
     return found | {"dense": _run(jnp.matmul, cell.mode, x, weight, dy)}
 
@@ -154,7 +171,7 @@ def _loop(x, w, bias):
     return jax.nn.gelu(jnp.concatenate(parts, axis=1) + bias)
 
 
-def _run(f, mode: str, x, weight, dy) -> Program:
+def _run(f, mode: str, x, weight, dy, within: Callable = contextlib.nullcontext) -> Program:
     """One product, one of its gradients, or a step: forward, both gradients and SGD. XLA drops what isn't asked for."""
 
     def measured(x, weight, dy):
@@ -162,4 +179,4 @@ def _run(f, mode: str, x, weight, dy) -> Program:
         dx, dw = back(dy)
         return {"forward": y, "dX": dx, "dW": dw, "step": (y, dx, weight - jnp.asarray(1e-3, dw.dtype) * dw)}[mode]
 
-    return Program(measured, x, weight, dy)
+    return Program(measured, x, weight, dy, within=within)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import importlib.util
@@ -17,10 +19,29 @@ from benchmarks import _gpu_torch
 from benchmarks._gpu_run import Program, Result, Step, beside, median_ms
 from jaxsparse import BlockPattern, _backends, block_diag_matmul, spmm, testing
 
+BESIDE = 90  # seconds that a command beside the steps may take
+_planned = contextvars.ContextVar("planned", default=False)
+
+
+@contextlib.contextmanager
+def as_on_an_h100():
+    """Steps that are listed inside are those of a machine with that GPU. They are not to be built."""
+    token = _planned.set(True)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
 
 def backends_here(dry_run: bool, dtype: str, block) -> list[str]:
     named = ("interpret",) if dry_run else ("mosaic", "triton")
-    return [name for name in named if _backends.why_not(name, "spmm", dtype, block) is None]
+    return [name for name in named if _why_not(name, dtype, block) is None]
+
+
+def _why_not(backend: str, dtype: str, block) -> str | None:
+    if _planned.get():
+        return _backends.BACKENDS[backend].why_not("spmm", dtype, block, "cuda", True)
+    return _backends.why_not(backend, "spmm", dtype, block)
 
 
 # ---- ceilings ---------------------------------------------------------------------------------------
@@ -70,18 +91,17 @@ def check(backend: str, block: int, dtype: str, m: int, kind: str = "random") ->
     with jax.default_matmul_precision(precise):
         program = Program(values, x, blocks, bias, dy)
         program.compile()
+        truth = testing.true_products(x, blocks, bias, dy, pattern)
+        dense = testing.dense_products(x, blocks, bias, dy, pattern)
+        truth["gelu"] = jax.nn.gelu(truth["y"].astype(np.float32))
+        dense["gelu"] = jax.nn.gelu(dense["y"].astype(np.float32)).astype(dtype)
 
     def run() -> Result:
-        with jax.default_matmul_precision(precise):
-            truth = testing.true_products(x, blocks, bias, dy, pattern)
-            dense = testing.dense_products(x, blocks, bias, dy, pattern)
-            truth["gelu"] = jax.nn.gelu(truth["y"].astype(np.float32))
-            dense["gelu"] = jax.nn.gelu(dense["y"].astype(np.float32)).astype(dtype)
-            program()
-            _poison(4 * (m * sum(pattern.shape) + blocks.size))
-            got = program()
-            for name, true in truth.items():
-                testing.assert_as_close_as_dense(got[name], true, dense[name], name)
+        program()
+        _poison(4 * (m * sum(pattern.shape) + blocks.size))
+        got = program()
+        for name, true in truth.items():
+            testing.assert_as_close_as_dense(got[name], true, dense[name], name)
         return {"ok": True}
 
     return run
@@ -114,7 +134,8 @@ def _sanitize(tool: str, dry_run: bool) -> Callable[[], Result]:
     if dry_run or not shutil.which("compute-sanitizer"):
         return lambda: {"skipped": "a dry run" if dry_run else "compute-sanitizer is not on the PATH"}
     code = "import benchmarks._gpu_checks as c; c.small_checks()"
-    return beside("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code)
+    command = "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code
+    return beside(*command, seconds=BESIDE)
 
 
 def small_checks() -> None:
@@ -134,7 +155,16 @@ def torch_tests(dry_run: bool) -> Callable[[], Result]:
     if dry_run or missing:
         return lambda: {"skipped": "a dry run" if dry_run else f"{missing} is not installed here"}
     return beside(
-        sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_bridge_gpu.py"
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_bridge_gpu.py",
+        seconds=BESIDE,
     )
 
 

@@ -82,9 +82,8 @@ def _loaded(cell: Cell, mode: str) -> float:
     inner, width, lines, features = (
         (i, o, grid[1], cell.shape[0]) if mode == "forward" else (o, i, grid[0], cell.shape[1])
     )
-    c = configs.for_gather(m, features, inner, width, lines)
-    rows = 2 * c.tile_m
-    return item * nnzb * -(-m // rows) * inner * (rows * width // c.tile_n + width / c.cluster)
+    sizes = m, features, inner, width, lines, round(nnzb)
+    return configs.loaded(configs.for_gather(*sizes), *sizes) * item / 2
 
 
 def _item(cell: Cell) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -29,13 +30,14 @@ class Step(NamedTuple):
 
 
 class Program:
-    """A function of arrays, compiled for them before it is run."""
+    """A function of arrays, compiled for them, inside a context, before it is run."""
 
-    def __init__(self, function: Callable, *operands):
-        self.function, self.operands = function, operands
+    def __init__(self, function: Callable, *operands, within: Callable = contextlib.nullcontext):
+        self.function, self.operands, self.within = function, operands, within
 
     def compile(self) -> None:
-        self.compiled = jax.jit(self.function).lower(*self.operands).compile()
+        with self.within():
+            self.compiled = jax.jit(self.function).lower(*self.operands).compile()
 
     def __call__(self):
         """Starts one run."""

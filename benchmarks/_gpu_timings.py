@@ -15,7 +15,7 @@ from benchmarks import _gpu_cells, _gpu_limits, _gpu_torch
 from benchmarks._gpu_checks import backends_here
 from benchmarks._gpu_report import least_of_ours
 from benchmarks._gpu_run import Program, Result, Step, beside, compiled, median_ms, said
-from jaxsparse import BlockPattern, _backends, testing
+from jaxsparse import BlockPattern, testing
 from pallas_kernels._device import describe
 from pallas_kernels._lines import lines_of
 from pallas_kernels.mosaic import configs
@@ -66,7 +66,7 @@ def tunings(dry_run: bool) -> Iterator[Step]:
         size, layers = (64, 2) if dry_run else (4096, 32)
         for m in (4,) if dry_run else (1, 4, 16):
             yield Step(f"tune entries batch {m}", functools.partial(_tune_entries, m, size, layers))
-    if not dry_run and _backends.why_not("mosaic", "spmm", "bfloat16", (64, 64)):
+    if not dry_run and "mosaic" not in backends_here(dry_run, "bfloat16", (64, 64)):
         return
     blocks, batches, size = ((64,), (64,), 256) if dry_run else ((128, 64, 32, 16), (128, 1024, 8192), 4096)
     for block in blocks:
@@ -82,16 +82,16 @@ def _tune(kernel: str, block: int, m: int, size: int, dry_run: bool) -> Callable
     x, blocks = testing.normal(0, (m, size), jnp.bfloat16), testing.normal(1, pattern.values_shape, jnp.bfloat16)
     lines, device, programs = size // block, describe(), {}
     if kernel == "gather":
-        candidates = list(configs.candidates_for_gather(m, size, block, block, lines))
+        candidates = list(configs.candidates_for_gather(m, size, block, block, lines, pattern.nnzb))
     else:
         candidates = list(configs.candidates_for_sample(block, block, pattern.nnzb, lines))
     if dry_run:
         return lambda: {"candidates": [c._asdict() for c in candidates], "skipped": "a dry run"}
-    from pallas_kernels.mosaic import gather, sample
+    from pallas_kernels.mosaic import multiply, sample
 
     for config in candidates:
         if kernel == "gather":
-            f = lambda x, w, index, c=config: gather.gather(  # noqa: E731
+            f = lambda x, w, index, c=config: multiply.multiply(  # noqa: E731
                 x, w, lines_of(index, False), None, c, device, transposed=False, activation=None
             )
         else:

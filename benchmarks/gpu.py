@@ -9,12 +9,19 @@ Needs no install and no network: JAX, Flax, Optax and NumPy on Python 3.12 are e
             block-sparse ones; who won goes to jaxsparse/measured.json, by which `backend=None` chooses from then on.
 The second
   tune      times the configurations worth trying and writes Mosaic's best to pallas_kernels/mosaic/measured.json;
-  time      times the rest of the grid;
+  time      times a wider grid;
   counters  has the profiler, ncu, count what limits the two kernels that are slowest beside what was predicted.
+A third, of no set length, times the rest of the grid. Expected on an H100 with 16 cores:
+  call 1  311 s: 426 programs, 65 s to compile them on all cores; 216 s to run;
+  call 2  231 s: 470 programs, 30 s to compile them on all cores; 171 s to run.
+Compiling was measured with XLA's compiler for GPUs and no GPU (_gpu_costs.py), so without XLA's own tuning of products,
+which needs one; running goes by the predicted limits and by allowances (_gpu_budget.py). Neither was timed on a GPU.
+No step begins after --minutes.
 Steps are built, which compiles, on all cores ahead of the one that runs, and nothing is timed before the next 32 are
 built. Each result is written to --out as soon as there is one, and only a step that failed is run
 again: a run that was stopped, or used up its --minutes, goes on where it ended. --report prints tables of what was
-measured. --dry-run rehearses at toy sizes on any machine, with the interpreted kernels; its timings mean nothing.
+measured. --dry-run rehearses at toy sizes on any machine, with the interpreted kernels; its timings mean nothing; it
+fails where a call is expected to take more than six minutes.
 """
 
 from __future__ import annotations
@@ -35,10 +42,11 @@ from pathlib import Path
 import jax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import _annotations, _gpu_cells, _gpu_limits, _gpu_winners  # noqa: F401  annotations come first
+from benchmarks import _annotations, _gpu_budget, _gpu_cells, _gpu_limits, _gpu_winners  # noqa: F401  annotations come first
 from benchmarks import _gpu_checks as checks
 from benchmarks import _gpu_report as report
 from benchmarks import _gpu_timings as timings
+from benchmarks._gpu_budget import LIMIT, START
 from benchmarks._gpu_run import Result, Step, said
 from jaxsparse import _measured
 from pallas_kernels._device import describe
@@ -71,13 +79,15 @@ def main() -> None:
             if step.name.startswith("time ") and not args.dry_run:
                 _choose_by(run)
     failed = [name for name, result in run["steps"].items() if _failed(result)]
+    failed += _too_long() if args.dry_run else []
     print(f"all steps are done, {len(failed)} of them failed {failed or ''}; numbers: {out}")
     sys.exit(bool(failed))
 
 
 def _todo(call: int, args, run: dict) -> list[Step]:
     """The steps of a call that are not done, or failed."""
-    steps = _first(args.dry_run) if call == 1 else _second(args.dry_run, run["steps"])
+    later = {2: lambda: _second(args.dry_run, run["steps"]), 3: lambda: _third(args.dry_run)}
+    steps = _first(args.dry_run) if call == 1 else later[call]()
     kinds = [step for step in steps if args.only in (None, step.name.split()[0])]
     return [step for step in kinds if step.name not in run["steps"] or _failed(run["steps"][step.name])]
 
@@ -96,9 +106,23 @@ def _second(dry_run: bool, steps: dict[str, Result]) -> Iterator[Step]:
     """Tuning, the rest of the grid, and why the two worst kernels are slow."""
     yield from timings.tunings(dry_run)
     decided = set(_gpu_cells.deciding())
-    yield from timings.timings(dry_run, (cell for cell in _gpu_cells.grid(dry_run) if cell not in decided))
+    cells = _gpu_cells.grid(True) if dry_run else (cell for cell in _gpu_cells.wider() if cell not in decided)
+    yield from timings.timings(dry_run, cells)
     for cell, backend in timings.worst(steps):
         yield Step(f"counters {backend} {cell.name}", functools.partial(timings.counted, cell, backend))
+
+
+def _third(dry_run: bool) -> Iterator[Step]:
+    """The rest of the grid."""
+    timed = {*_gpu_cells.deciding(), *_gpu_cells.wider()}
+    yield from timings.timings(dry_run, () if dry_run else (c for c in _gpu_cells.grid(False) if c not in timed))
+
+
+def _expected() -> dict[int, _gpu_budget.Cost]:
+    """What each of the two calls is expected to cost on a GPU."""
+    with checks.as_on_an_h100():
+        counters = [Step(f"counters {n}", lambda: dict) for n in range(2)]
+        return {1: _gpu_budget.of_call(_first(False)), 2: _gpu_budget.of_call([*_second(False, {}), *counters])}
 
 
 def _results(todo: list[Step], until: float) -> Iterator[tuple[int, int, Step, Result | None]]:
@@ -113,6 +137,18 @@ def _results(todo: list[Step], until: float) -> Iterator[tuple[int, int, Step, R
                 quiet = not wait(ahead, timeout=max(0, until - time.monotonic())).not_done
             over = time.monotonic() > until
             yield number, len(todo), step, None if over else _result(ahead.popleft())
+
+
+def _too_long() -> list[str]:
+    """Prints what the calls are expected to cost, and names those that cost too much."""
+    found = []
+    for call, cost in _expected().items():
+        parts = f"{START:.0f} s to start, {cost.compiling:.0f} s to compile {cost.programs} programs"
+        print(
+            f"call {call} is expected to take {cost.seconds:.0f} of {LIMIT:.0f} s: {parts}, {cost.running:.0f} s to run"
+        )
+        found += [f"call {call} takes too long"] if cost.seconds > LIMIT else []
+    return found
 
 
 def _result(built: Future) -> Result:
@@ -137,7 +173,7 @@ def _arguments():
     parser.add_argument("--dry-run", action="store_true", help="toy sizes and interpreted kernels, on any machine")
     parser.add_argument("--predict", action="store_true", help="prints what an H100 allows at best, and runs nothing")
     parser.add_argument("--report", action="store_true", help="prints tables of what --out has, and runs nothing")
-    parser.add_argument("--call", type=int, choices=(1, 2), help="the first or the second call; both by default")
+    parser.add_argument("--call", type=int, choices=(1, 2, 3), help="one call; the first and the second by default")
     parser.add_argument("--only", help="one kind of step: check, sanitize, torch, tune, time or counters")
     parser.add_argument("--minutes", type=float, default=5.5, help="no step begins later than this")
     parser.add_argument("--out", default=ROOT / "benchmarks" / "results" / "gpu.json")

@@ -5,14 +5,15 @@ one batched product over gathered slices of x. A step holds O(batch * out * i / 
 batch * nnz exists, and each column is summed in a fixed order. Columns are taken by falling length, in
 batches that shrink to an eighth when only so many are left: few long columns don't make the others wait.
 
-Unstructured matrices have two ways. Measured on 2 AVX-512 cores (JAX 0.10.2, float32, 2048 x 2048, batch 256):
-slots take 2.9 / 5.8 / 13.5 ms at density 0.02 / 0.1 / 0.2, expanding to a dense matrix and multiplying takes
-12 to 16 ms at any density. So a CPU takes slots below `SLOTS_BELOW`; its sampled product, which gathers two
-vectors per entry, already loses to one dense product at 0.05. Other devices multiply dense matrices so much
-faster than they gather that they expand, blocks too: each step of the walk writes and reads what it gathers and its
-sums, and a GPU has to ask the host after each whether another follows. Nobody expands more than
-`DENSE_LIMIT` entries. On an H100 in bfloat16, 8192 x 4096 x 4096 with blocks of 64 at 25 %, by bytes and operations
-(nothing was timed): the walk takes 1.3 ms and 8 such questions, the dense product 0.28 ms, expanding its weight 0.02.
+Unstructured matrices have two ways. Measured on 2 AVX-512 cores (JAX 0.10.2, float32, 2048 x 2048, batch 256): slots
+take 2.9 / 5.8 / 13.5 ms at density 0.02 / 0.1 / 0.2, expanding to a dense matrix and multiplying takes 12 to 16 ms at
+any density. So a CPU takes slots below `SLOTS_BELOW`; its sampled product, which gathers two vectors per entry,
+already loses to one dense product at 0.05. Other devices multiply dense matrices so much faster than they gather that
+they expand, blocks too: each step of the walk writes and reads what it gathers and its sums. Nobody expands more than
+`DENSE_LIMIT` entries; beyond that, other devices walk by a number of steps that no pattern changes, as a GPU has to
+ask the host whether another follows. On an H100 in bfloat16, 8192 x 4096 x 4096 with blocks of 64 at 25 %, by bytes
+and operations (nothing was timed): the walk takes 1.3 ms and 8 such questions, the dense product 0.28 ms, expanding
+its weight 0.02.
 """
 
 from __future__ import annotations
@@ -213,7 +214,7 @@ def _block_slots(x, blocks, index, shape, block, transposed, precision):
         return acc + _dot(w.reshape(-1, stacked * i, o), gathered, ((1, 1), (0, 0)), precision)
 
     start = jnp.zeros((grid[1], o, m), wide(x.dtype))
-    return _walk_slots(step, start, index, transposed, stacked, grid[0]).reshape(-1, m).T
+    return _walk(step, start, index, transposed, stacked, grid[0]).reshape(-1, m).T
 
 
 def _sampled_chunks(x, dy, index, shape, block, precision):
@@ -247,7 +248,7 @@ def _unstructured(x, values, index, shape, transposed, precision):
             return acc + row.astype(acc.dtype) * weight[:, None].astype(acc.dtype)
 
         start = jnp.zeros((shape[0 if transposed else 1], x.shape[0]), wide(x.dtype))
-        return _walk_slots(step, start, index, transposed, 1, x.shape[1]).T
+        return _walk(step, start, index, transposed, 1, x.shape[1]).T
 
     def expand(x, values):
         # Stored by output column, so writing the transpose is a sorted scatter: four times faster on a CPU.
@@ -277,33 +278,73 @@ def _by_device(shape, sparse, dense):
 # ---- shared ---------------------------------------------------------------------------------------
 
 
-def _walk_slots(step, acc, index: Index, transposed: bool, stacked: int, missing: int):
+def _walk(step, acc, index: Index, transposed: bool, stacked: int, missing: int):
     """Runs `step(source, entry, acc)` over the entries of all outputs, `stacked` slots at a time.
 
     `source` and `entry` are [outputs, stacked]: which input an entry reads and where its value is stored.
     Past the end of an output both are out of range (`missing` and nnzb), so that gathers fill in zeros.
     """
     ptr, inputs = (index.row_ptr, index.col_index) if transposed else (index.col_ptr, index.row_index)
-    nnzb, outputs = inputs.shape[0], acc.shape[0]
+    nnzb = inputs.shape[0]
+
+    def at_slots(first, end, j, acc):
+        """The step over slots j and on of outputs whose entries are those from `first` to `end`."""
+        at = first[:, None] + j * stacked + jnp.arange(stacked, dtype=jnp.int32)
+        at = jnp.where(at < end[:, None], at, nnzb)
+        entry = index.order.at[at].get(mode="fill", fill_value=nnzb) if transposed else at
+        return step(inputs.at[at].get(mode="fill", fill_value=missing), entry, acc)
+
+    return jax.lax.platform_dependent(
+        acc,
+        cpu=lambda acc: _by_length(at_slots, acc, ptr, stacked),
+        default=lambda acc: _in_pieces(at_slots, acc, ptr, stacked, nnzb),
+    )
+
+
+def _by_length(at_slots, acc, ptr, stacked: int):
+    """Each loop ends with the longest output in it."""
+    outputs = acc.shape[0]
     by_length = jnp.argsort(-jnp.diff(ptr))
     first, last = ptr[by_length], ptr[by_length + 1]
     steps = -(-(last - first) // stacked)
     widths = [w for w in (outputs, outputs // 8, outputs // 64) if w]
     done, j = [], jnp.int32(0)
     for width, rest in itertools.pairwise([*widths, 0]):
-        begin, end, acc = first[:width, None], last[:width, None], acc[:width]
+        begin, end, acc = first[:width], last[:width], acc[:width]
 
         def body(state, begin=begin, end=end):
             j, acc = state
-            at = begin + j * stacked + jnp.arange(stacked, dtype=jnp.int32)
-            at = jnp.where(at < end, at, nnzb)
-            entry = index.order.at[at].get(mode="fill", fill_value=nnzb) if transposed else at
-            return j + 1, step(inputs.at[at].get(mode="fill", fill_value=missing), entry, acc)
+            return j + 1, at_slots(begin, end, j, acc)
 
         limit = steps[rest]  # the most that any output needs which the next, narrower loop leaves out
         j, acc = jax.lax.while_loop(lambda state, limit=limit: state[0] < limit, body, (j, acc))
         done.append(acc[rest:])
     return jnp.concatenate(done[::-1])[jnp.argsort(by_length)]
+
+
+def _in_pieces(at_slots, acc, ptr, stacked: int, nnzb: int):
+    """A loop of a length that no pattern changes: a GPU need not ask the host after each step whether another follows.
+    Outputs longer than the mean are cut into pieces of that length, whose sums are added in their order afterwards."""
+    outputs = acc.shape[0]
+    steps = max(1, -(-nnzb // (outputs * stacked)))
+    pieces = outputs + nnzb // (steps * stacked)  # no pattern has more
+    ends = jnp.cumsum(-(-jnp.diff(ptr) // (steps * stacked)), dtype=jnp.int32)
+    output = jnp.searchsorted(ends, jnp.arange(pieces, dtype=jnp.int32), side="right")
+    begins = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])[output]
+    first = ptr[output] + (jnp.arange(pieces, dtype=jnp.int32) - begins) * (steps * stacked)
+    end = ptr.at[output + 1].get(mode="fill", fill_value=0)  # pieces that no output has are empty
+    acc = jnp.zeros((pieces, *acc.shape[1:]), acc.dtype)
+    acc = jax.lax.fori_loop(0, steps, lambda j, acc: at_slots(first, end, j, acc), acc)
+
+    def add(left, right):
+        """The sum up to the right piece of those that are of its output."""
+        (sums, of), (more, of_right) = left, right
+        same = (of == of_right).reshape(-1, *(1,) * (acc.ndim - 1))
+        return jnp.where(same, sums + more, more), of_right
+
+    sums, _ = jax.lax.associative_scan(add, (acc, output))
+    stored = (jnp.diff(ptr) > 0).reshape(-1, *(1,) * (acc.ndim - 1))
+    return jnp.where(stored, sums[jnp.maximum(ends - 1, 0)], 0)
 
 
 def _batch_first(product, *operands):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxsparse import _xla
 from pallas_kernels import mosaic
 from pallas_kernels._lines import Index
 
@@ -35,6 +36,7 @@ gpu_device_info {
 platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
 """
 REPLICATED = PartitionSpec()
+FORMS = {"expanded": 2**26, "walked": 0}  # how XLA's own products are made, and how many entries they may expand
 
 
 def mesh(gpus: int):
@@ -102,10 +104,29 @@ def collectives(gpus) -> list[str]:
     return re.findall(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", program)
 
 
+def loops(gpu, limit: int, block: int) -> dict:
+    """The loops of XLA's own step where so many entries may be expanded, and how many have a length known to XLA."""
+    _xla.DENSE_LIMIT = limit
+    lines = nnzb = 64
+    x, blocks = arrays(
+        gpu, ((32, lines * block), jnp.bfloat16), ((nnzb, block, block)[: 3 if block > 1 else 1], jnp.bfloat16)
+    )
+    sizes = {"shape": (lines * block, lines * block), "block": (block, block)}
+
+    def step(x, blocks, index):
+        y = _xla.spmm(x, blocks, index, **sizes)
+        return y, _xla.spmm_grads(x, y, blocks, index, **sizes)
+
+    program, _ = compiled(step, x, blocks, pattern(gpu, lines, nnzb))
+    return {"all": program.count(" while("), "of known length": program.count("known_trip_count")}
+
+
 if __name__ == "__main__":
     gpu = mesh(1)
     result = {
         f"blocks of {b}, batch {m}": products(gpu, b, m, jnp.bfloat16) for b, m in ((128, 8192), (64, 100), (16, 64))
     }
     result |= {"blocks of 32, float16": products(gpu, 32, 8192, jnp.float16)}
-    print(json.dumps({"kernels": result, "collectives": collectives(mesh(8))}))
+    result |= {"lines together": products(gpu, 64, 8192, jnp.bfloat16, 64, 1024)}
+    xla = {f"{what}, {block}": loops(gpu, limit, block) for what, limit in FORMS.items() for block in (16, 1)}
+    print(json.dumps({"kernels": result, "collectives": collectives(mesh(8)), "XLA's loops": xla}))

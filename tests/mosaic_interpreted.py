@@ -1,11 +1,15 @@
-"""One case of the Mosaic kernels under the GPU interpreter: python mosaic_interpreted.py NAME.
+"""One case of the Mosaic kernels under the GPU interpreter: python mosaic_interpreted.py NAME [PRODUCT ...].
 
-Ends with 0 where every value is as close as the dense product's and no race was seen. It is a program of its own,
-as a kernel that waits for ever, or that leaves the interpreter broken, must not take the tests with it.
+The products are y, dx and dW, all of them by default. Ends with 0 where every value is as close as the dense product's
+and no race was seen. It is a program of its own, as a kernel that waits for ever, or that leaves the interpreter
+broken, must not take the tests with it.
 """
 
 import functools
+import os
 import sys
+
+os.environ["NPROC"] = "16"  # threads of XLA: each of a kernel's warpgroups may keep one waiting
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +22,8 @@ from pallas_kernels import mosaic
 from pallas_kernels._device import Device
 from pallas_kernels.mosaic import configs
 
+WANTED = set(sys.argv[2:]) or {"y", "dx", "dW"}
+
 
 def products(shape, block, m, dtype, density=0.4):
     """y with bias, dx and dW of a pattern with an empty row and an empty column, against the oracle."""
@@ -28,9 +34,9 @@ def products(shape, block, m, dtype, density=0.4):
     x, blocks, bias, dy = testing.inputs(testing.Case("", lambda: pattern, (m,)), pattern, dtype)
     sizes = {"shape": shape, "block": block}
     got = {
-        "y": mosaic.spmm(x, blocks, pattern.index, bias, **sizes),
-        "dx": mosaic.spmm(dy, blocks, pattern.index, transposed=True, **sizes),
-        "dW": mosaic.sddmm(x, dy, pattern.index, **sizes),
+        "y": lambda: mosaic.spmm(x, blocks, pattern.index, bias, **sizes),
+        "dx": lambda: mosaic.spmm(dy, blocks, pattern.index, transposed=True, **sizes),
+        "dW": lambda: mosaic.sddmm(x, dy, pattern.index, **sizes),
     }
     check(got, x, blocks, bias, dy, pattern)
 
@@ -39,9 +45,9 @@ def diagonal(n, block, m, dtype):
     pattern = BlockPattern.block_diagonal(n, block)
     x, blocks, bias, dy = testing.inputs(testing.Case("", lambda: pattern, (m,)), pattern, dtype)
     got = {
-        "y": mosaic.block_diag_matmul(x, blocks, bias),
-        "dx": mosaic.block_diag_matmul(dy, blocks, transposed=True),
-        "dW": mosaic.block_diag_outer(x, dy, n),
+        "y": lambda: mosaic.block_diag_matmul(x, blocks, bias),
+        "dx": lambda: mosaic.block_diag_matmul(dy, blocks, transposed=True),
+        "dW": lambda: mosaic.block_diag_outer(x, dy, n),
     }
     check(got, x, blocks, bias, dy, pattern)
 
@@ -69,14 +75,21 @@ def mapped():
 def check(got, x, blocks, bias, dy, pattern):
     truth = testing.true_products(x, blocks, bias, dy, pattern)
     dense = testing.dense_products(x, blocks, bias, dy, pattern)
-    for name, value in got.items():
-        testing.assert_as_close_as_dense(value, truth[name], dense[name], name)
+    for name in WANTED & got.keys():
+        testing.assert_as_close_as_dense(got[name](), truth[name], dense[name], name)
 
 
 def clusters():
     """Two programs that share what they load of the blocks, over several bands of the batch."""
     configs.for_gather = lambda *_: configs.Gather(64, 64, 64, 1, 2, band=1, cluster=2)
     products((192, 256), (64, 64), 300, jnp.bfloat16)
+
+
+def together(columns, tile, block, shape, m, cluster, dtype=jnp.bfloat16):
+    """Programs that hold several lines of y, of which the last group is not full."""
+    WANTED.discard("dW")
+    configs.for_gather = lambda *_: configs.Union(64, *tile, columns, 2, 2, band=1, cluster=cluster)
+    products(shape, block, m, dtype)
 
 
 CASES = {
@@ -86,6 +99,8 @@ CASES = {
     "blocks of 16x32": lambda: products((100, 130), (16, 32), 7, jnp.float16),
     "block-diagonal": lambda: (diagonal(3, (64, 256), 72, jnp.bfloat16), epilogues(), mapped()),
     "clusters": clusters,
+    "lines together": lambda: together(4, (64, 64), (64, 64), (200, 360), 200, 2),
+    "lines together, in parts": lambda: together(4, (32, 32), (64, 32), (192, 160), 72, 1, jnp.float16),
 }
 
 

@@ -57,9 +57,25 @@ def test_a_run_that_was_stopped_goes_on_where_it_ended(rehearse):
             assert min(result["predicted_limit_ms"].values()) > 0
     code, said, again = rehearse()
     assert code == 0 and again["steps"] == run["steps"] and "1/" not in said
+    assert "call 1 is expected to take" in said and "call 2 is expected to take" in said
     code, said, _ = rehearse("--report")
     assert code == 0 and "A rehearsal" in said and "| blocks 32x64x64 block 16 density 0.5 float32 forward |" in said
     assert "- sanitize memcheck: a dry run" in said and "Failed" not in said
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="benchmarks/gpu.py is for machines with Python 3.12")
+def test_each_call_is_expected_to_fit_its_six_minutes(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import _gpu_budget, gpu
+
+    first, second = gpu._expected().values()
+    assert first.programs > 300 and second.programs > 300  # the steps of a GPU, not of this machine
+    assert gpu._too_long() == []
+    for cost in (first, second):
+        words = f"{cost.seconds:.0f} s: {cost.programs} programs, {cost.compiling:.0f} s to compile"
+        assert words in (gpu.__doc__ or "") and f"{cost.running:.0f} s to run" in (gpu.__doc__ or "")
+    monkeypatch.setitem(_gpu_budget.SECONDS, "triton", 10.0)
+    assert gpu._too_long() == ["call 1 takes too long"]
 
 
 def test_a_wrong_kernel_fails_its_step_alone(monkeypatch):

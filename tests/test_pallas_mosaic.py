@@ -4,6 +4,7 @@ What the interpreter can't see is the asynchrony of the tensor cores; that is fo
 """
 
 import concurrent.futures
+import itertools
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxsparse import BlockPattern, spmm
 from pallas_kernels import mosaic
 from pallas_kernels._device import Device
 from pallas_kernels._lines import Index, lines_of
@@ -22,7 +24,7 @@ from pallas_kernels._lines import Index, lines_of
 HERE = Path(__file__).parent
 TOO_OLD = jax.__version_info__ < (0, 11, 2)
 COMPILER = os.environ.get("JAXSPARSE_GPU_COMPILER", "")  # see mosaic_compiled.py
-LATEST = 100  # seconds; a kernel that waits for ever is stopped
+LATEST = 200  # seconds; a kernel that waits for ever is stopped
 CASES = [
     "blocks of 64, every size ragged",
     "blocks of 128",
@@ -30,30 +32,49 @@ CASES = [
     "blocks of 16x32",
     "block-diagonal",
     "clusters",
+    "lines together",
+    "lines together, in parts",
 ]
-# name: (file, what stands there, what is planted, the case that must fail)
+# name: (file, what stands there, what is planted, the case and the product that must fail)
 BUGS = {
-    "a missing commit": ("gather.py", "plgpu.commit_smem()", "pass", "blocks of 64x128"),
+    "a missing commit": ("gather.py", "plgpu.commit_smem()", "pass", "blocks of 64x128", "y"),
     "a tile of y off by one": (
         "gather.py",
         "pl.ds(row + mine, c.tile_m)",
         "pl.ds(row + mine + 1, c.tile_m)",
         "blocks of 64x128",
+        "y",
     ),
-    "a swapped index": ("gather.py", "slot_ref[stored]", "source_ref[stored]", "blocks of 64x128"),
+    "a swapped index": ("gather.py", "slot_ref[stored]", "source_ref[stored]", "blocks of 64x128", "y"),
     "a stage too few": (
         "_pipeline.py",
         "pl.when(done >= self.stages)",
         "pl.when(done > self.stages)",
         "blocks of 64x128",
+        "y",
     ),
     "a wrong transposition": (
         "gather.py",
         "w.transpose((1, 0)) if transposed else w",
         "w",
         "blocks of 64, every size ragged",
+        "dx",
     ),
-    "a piece of the wrong row": ("sample.py", "ptr_ref[row] + entry", "ptr_ref[row] + entry + 1", "blocks of 64x128"),
+    "a piece of the wrong row": (
+        "sample.py",
+        "ptr_ref[row] + entry",
+        "ptr_ref[row] + entry + 1",
+        "blocks of 64x128",
+        "dW",
+    ),
+    "another part of x": (
+        "union.py",
+        "source * inner + k",
+        "source * inner",
+        "lines together, in parts",
+        "y",
+    ),
+    "another part of a block": ("union.py", "column % parts", "0", "lines together, in parts", "dx"),
 }
 # An editable install of the packages would come before the folder that holds the planted bug.
 NOT_EDITABLE = """
@@ -68,9 +89,9 @@ def started_together(test):
     return pytest.mark.slow(pytest.mark.xdist_group("mosaic")(test))
 
 
-def interpret(case: str, packages: Path = HERE.parent) -> subprocess.CompletedProcess:
-    """Runs one case in a process of its own, on the packages of a folder."""
-    command = [sys.executable, "-W", "error", HERE / "mosaic_interpreted.py", case]
+def interpret(case: str, *products: str, packages: Path = HERE.parent) -> subprocess.CompletedProcess:
+    """Runs one case in a process of its own, on the packages of a folder; all its products, or those named."""
+    command = [sys.executable, "-W", "error", HERE / "mosaic_interpreted.py", case, *products]
     return run(command, {"PYTHONPATH": str(packages)})
 
 
@@ -84,7 +105,7 @@ def run(command, variables) -> subprocess.CompletedProcess:
 
 def plant(bug: str, folder: Path) -> Path:
     """A folder with the packages, and the bug in them."""
-    name, right, wrong, _ = BUGS[bug]
+    name, right, wrong, *_ = BUGS[bug]
     for package in ("pallas_kernels", "jaxsparse", "cpu_kernels"):
         shutil.copytree(HERE.parent / package, folder / package)
     planted = folder / "pallas_kernels" / "mosaic" / name
@@ -100,8 +121,9 @@ def started(tmp_path_factory):
     """Case or bug to its result, to be waited for: asked for one, it begins with all of them, two at a time."""
     pool = concurrent.futures.ThreadPoolExecutor(2)
     begun = {case: pool.submit(interpret, case) for case in CASES}
-    for bug, (*_, case) in BUGS.items():
-        begun[bug] = pool.submit(interpret, case, plant(bug, tmp_path_factory.mktemp("planted")))
+    for bug, (*_, case, product) in BUGS.items():
+        packages = plant(bug, tmp_path_factory.mktemp("planted"))
+        begun[bug] = pool.submit(interpret, case, product, packages=packages)
     yield begun
     pool.shutdown(cancel_futures=True)
 
@@ -131,33 +153,78 @@ def index_of(lines: int, nnzb: int) -> Index:
     return Index(*(jax.ShapeDtypeStruct((n,), jnp.int32) for n in (lines + 1, nnzb, lines + 1, nnzb, nnzb)))
 
 
-@needs_interpreter
-@pytest.mark.parametrize("m", [8, 8192])
-@pytest.mark.parametrize("block", [(16, 16), (32, 64), (64, 64), (128, 128), (256, 192)], ids=str)
-def test_whatever_may_be_chosen_lowers(block, m):
-    from pallas_kernels.mosaic import configs
-    from pallas_kernels.mosaic.gather import gather
-    from pallas_kernels.mosaic.sample import sample
+BLOCKS = [(16, 16), (32, 64), (64, 64), (128, 128), (256, 192)]
 
-    (i, o), lines, nnzb, device = block, 33, 200, Device()
+
+def lower_candidates(block, m, lines, nnzb, most=None):
+    """Lowers up to `most` configurations of each product that may be chosen; the heuristic's choice comes first."""
+    from pallas_kernels.mosaic import configs, multiply, sample
+
+    (i, o), index = block, index_of(lines, nnzb)
     x, dy, blocks, bias = (
         jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-        for shape in ((m, 64 * lines * i), (m, 64 * lines * o), (nnzb, i, o), (64 * lines * o,))
+        for shape in ((m, lines * i), (m, lines * o), (nnzb, i, o), (lines * o,))
     )
-    index = index_of(64 * lines, nnzb)
-    for config in configs.candidates_for_gather(m, x.shape[1], i, o, 64 * lines):
-        f = lambda x, w, index, b, c=config: gather(  # noqa: E731
-            x, w, lines_of(index, False), b, c, device, transposed=False, activation="gelu"
-        )
-        assert "mosaic_gpu" in lower(f, x, blocks, index, bias)
-    for config in configs.candidates_for_gather(m, dy.shape[1], o, i, 64 * lines):
-        f = lambda dy, w, index, c=config: gather(  # noqa: E731
-            dy, w, lines_of(index, True), None, c, device, transposed=True, activation=None
-        )
-        assert "mosaic_gpu" in lower(f, dy, blocks, index)
-    for config in configs.candidates_for_sample(i, o, nnzb, 64 * lines):
-        f = lambda x, dy, index, c=config: sample(x, dy, index, block, c, device)  # noqa: E731
+
+    def product(config, transposed):
+        how = {"transposed": transposed, "activation": None if transposed else "gelu"}
+        return lambda x, w, index, b: multiply.multiply(x, w, lines_of(index, transposed), b, config, Device(), **how)
+
+    for config in itertools.islice(configs.candidates_for_gather(m, lines * i, i, o, lines, nnzb), most):
+        assert "mosaic_gpu" in lower(product(config, False), x, blocks, index, bias)
+    for config in itertools.islice(configs.candidates_for_gather(m, lines * o, o, i, lines, nnzb), most):
+        assert "mosaic_gpu" in lower(product(config, True), dy, blocks, index, None)
+    for config in itertools.islice(configs.candidates_for_sample(i, o, nnzb, lines), most):
+        f = lambda x, dy, index, c=config: sample.sample(x, dy, index, block, c, Device())  # noqa: E731
         assert "mosaic_gpu" in lower(f, x, dy, index)
+
+
+@needs_interpreter
+def test_what_is_chosen_lowers():
+    lower_candidates((64, 64), 8192, 128, 4096, most=1)
+
+
+@pytest.mark.slow  # a sweep
+@needs_interpreter
+@pytest.mark.parametrize("m", [8, 8192])
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_whatever_may_be_chosen_lowers(block, m):
+    lower_candidates(block, m, 128, 4096)
+
+
+@needs_interpreter
+def test_small_blocks_share_their_x_where_that_loads_less():
+    from pallas_kernels.mosaic import configs
+
+    def chosen(m, block, density, share=True):
+        lines = 4096 // block
+        return configs.for_gather(m, 4096, block, block, lines, round(density * lines**2) if share else None)
+
+    for block in (32, 64):
+        for density in (0.1, 0.25, 0.5):
+            config = chosen(8192, block, density)
+            assert isinstance(config, configs.Union) and config.shared_memory <= configs.SHARED_MEMORY
+            with configs.line_by_line():
+                assert isinstance(chosen(8192, block, density), configs.Gather)
+            sizes = 8192, 4096, block, block, 4096 // block, round(density * (4096 // block) ** 2)
+            reached = 2 * 8192 * density * 4096**2 / configs.loaded(config, *sizes) * 6.65e12 / 989e12
+            assert reached > {0.1: 0.28, 0.25: 0.46, 0.5: 0.72}[density]  # of an H100's peak, as docs/gpu.md says
+    assert isinstance(chosen(8192, 128, 0.1), configs.Gather)
+    assert isinstance(chosen(512, 64, 0.25), configs.Gather)  # too little work for every program
+    assert isinstance(chosen(8192, 64, 0.25, share=False), configs.Gather)
+
+
+@needs_interpreter
+def test_the_kernel_of_single_lines_is_in_the_program_where_it_is_asked_for():
+    from pallas_kernels.mosaic import configs
+
+    pattern = BlockPattern.random(jax.random.key(0), (4096, 4096), density=0.25, block=64)
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((8192, 4096), pattern.values_shape))
+    product = lambda x, w: spmm(x, w, pattern, backend="mosaic")  # noqa: E731
+    assert "jaxsparse_gather_union" in lower(product, x, w)
+    with configs.line_by_line():
+        alone = lower(lambda x, w: product(x, w), x, w)
+    assert "jaxsparse_gather_union" not in alone and "jaxsparse_gather" in alone
 
 
 @needs_interpreter
@@ -166,8 +233,10 @@ def test_what_was_measured_fits_a_program():
 
     for measured in json.loads(configs.MEASURED.read_text()).values() if configs.MEASURED.exists() else ():
         for name, fields in measured.items():
-            config = (configs.Gather if name.startswith("gather") else configs.Sample)(**fields)
-            assert config.shared_memory <= configs.SHARED_MEMORY, name
+            assert configs.of_fields(fields).shared_memory <= configs.SHARED_MEMORY, name
+    for kind in (configs.Gather, configs.Union, configs.Sample):
+        config = kind(*range(len(kind._fields)))
+        assert configs.of_fields(config._asdict()) == config
 
 
 @pytest.mark.slow
@@ -183,7 +252,11 @@ def test_compiled_kernels_use_tensor_cores_and_tma_and_spill_nothing():
             assert said["kernels"] == 1, (size, product, said)
             assert said["spilled"] == said["serialised"] == 0, (size, product, said)
             assert said["tensor cores"] and said["TMA"] >= 3, (size, product, said)
-    assert result["kernels"]["blocks of 128, batch 8192"]["forward"]["multicast"]
+    for shared in ("blocks of 128, batch 8192", "lines together"):
+        assert result["kernels"][shared]["forward"]["multicast"]
+    for way, loops in result["XLA's loops"].items():  # none whose end a GPU has to tell the host
+        assert loops["all"] == loops["of known length"], (way, loops)
+        assert (loops["all"] > 0) == ("walked" in way), (way, loops)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The Triton kernels lower for a GPU that is not here; test_ops.py interprets them against the oracle."""
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -29,8 +30,17 @@ def lower(f, *shapes):
         return jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("block", [(16, 16), (32, 64), (128, 128), (20, 17), (200, 24)], ids=str)
+def swept(first, *axes):
+    """All combinations as parameters, of which the first is always run, and the rest in a sweep."""
+    rest = (each for each in itertools.product(*axes) if each != first)
+    return [first, *(pytest.param(*each, marks=pytest.mark.slow) for each in rest)]
+
+
+BLOCKS = [(16, 16), (32, 64), (128, 128), (20, 17), (200, 24)]
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+
+
+@pytest.mark.parametrize("block,dtype", swept(((20, 17), jnp.bfloat16), BLOCKS, DTYPES))
 def test_every_product_lowers_for_a_gpu(block, dtype):
     pattern = BlockPattern.random(jax.random.key(0), (300, 400), density=0.4, block=block)
     sizes = {"shape": pattern.shape, "block": block}
@@ -63,8 +73,7 @@ def narrowed(pattern):
     return dataclasses.replace(pattern, row_index=pattern.row_index.astype(jnp.uint16))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("m", [1, 100])
+@pytest.mark.parametrize("m,dtype", swept((100, jnp.bfloat16), [1, 100], DTYPES))
 def test_products_of_single_entries_lower_for_a_gpu(m, dtype):
     pattern = BlockPattern.random(jax.random.key(0), (300, 400), density=0.1)
     sizes = {"shape": pattern.shape, "block": (1, 1)}

@@ -57,6 +57,27 @@ def test_expanded_blocks_make_the_products_of_the_walk(name, transposed, as_on_a
         testing.assert_as_close_as_dense(got[which], truth, dense[which], which)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "name", ["149x698 by 16", "empty rows and columns, blocks of 4", "empty rows and columns, unstructured"]
+)
+def test_what_is_too_large_to_expand_is_walked_by_a_number_of_steps_that_no_pattern_changes(
+    name, transposed, as_on_a_gpu, monkeypatch
+):
+    monkeypatch.setattr(_xla, "DENSE_LIMIT", 0)
+    case = next(case for case in testing.CASES if case.name == name)
+    pattern = case.pattern.T if transposed else case.pattern
+    x, blocks, bias, dy = testing.inputs(case, pattern, jnp.float32)
+    sizes = {"shape": case.pattern.shape, "block": case.pattern.block, "transposed": transposed}
+    product = lambda x, w, b, index: _xla.spmm(x, w, index, b, **sizes)  # noqa: E731
+    steps = str(jax.make_jaxpr(product)(x, blocks, bias, pattern.index))
+    assert "while" not in steps and "scan" in steps
+    got = testing.value_and_gradients(lambda x, w, b: spmm(x, w, pattern, b, backend="xla"), x, blocks, bias, dy)
+    dense = testing.dense_products(x, blocks, bias, dy, pattern)
+    for which, truth in testing.true_products(x, blocks, bias, dy, pattern).items():
+        testing.assert_as_close_as_dense(got[which], truth, dense[which], which)
+
+
 def test_a_gpu_walks_only_over_blocks_of_a_matrix_too_large_to_be_expanded(monkeypatch):
     pattern = BlockPattern.random(jax.random.key(0), (64, 96), density=0.5, block=16)
     x, w = jnp.ones((8, 64)), jnp.ones(pattern.values_shape)
@@ -87,7 +108,7 @@ def steps_times_width(mask, monkeypatch) -> int:
         jax.debug.callback(lambda: counted.append(acc.shape[0]))
         return acc
 
-    _xla._walk_slots(step, jnp.zeros((mask.shape[1], 1)), pattern.index, False, 1, mask.shape[0])
+    _xla._walk(step, jnp.zeros((mask.shape[1], 1)), pattern.index, False, 1, mask.shape[0])
     jax.effects_barrier()
     return sum(counted)
 

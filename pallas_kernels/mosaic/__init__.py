@@ -43,16 +43,22 @@ def spmm(
     precision=None,
 ):
     """Multiplies x [m, in] by W to [m, out], or, transposed, x [m, out] by W^T to [m, in]."""
+    how = {"shape": shape, "block": block, "transposed": transposed, "activation": activation}
+    return _product(x, blocks, index, bias, blocks.shape[0], **how)
+
+
+def _product(x, blocks, index, bias, nnzb: int | None, *, shape, block, transposed, activation):
+    """The same; nnzb is None where no two outputs read the same input."""
     m, out = x.shape[0], shape[0 if transposed else 1]
     if 0 in (m, blocks.shape[0]):
         return empty(m, out, bias, activation, x.dtype)
-    from pallas_kernels.mosaic import configs, gather  # Pallas takes longer to import than the rest of this package
+    from pallas_kernels.mosaic import configs, multiply  # Pallas takes longer to import than the rest of this package
 
     (inner, width), lines, device = block[::-1] if transposed else block, lines_of(index, transposed), describe()
     x, count = _padded(x, 8, max(inner, 64)), lines.ptr.shape[0] - 1
     bias = None if bias is None else jnp.pad(bias, (0, count * width - out))
-    config = configs.for_gather(x.shape[0], x.shape[1], inner, width, count, device.kind)
-    y = gather.gather(x, blocks, lines, bias, config, device, transposed=transposed, activation=activation)
+    config = configs.for_gather(x.shape[0], x.shape[1], inner, width, count, nnzb, device.kind)
+    y = multiply.multiply(x, blocks, lines, bias, config, device, transposed=transposed, activation=activation)
     return y[:m, :out]
 
 
@@ -78,7 +84,7 @@ def block_diag_matmul(x, blocks, bias=None, *, transposed: bool = False, activat
     """Multiplies slice n of x [m, n*i] by block n to [m, n*o]; transposed, [m, n*o] to [m, n*i]."""
     n, i, o = blocks.shape
     how = {"transposed": transposed, "activation": activation}
-    return spmm(x, blocks, diagonal(n), bias, shape=(n * i, n * o), block=(i, o), **how)
+    return _product(x, blocks, diagonal(n), bias, None, shape=(n * i, n * o), block=(i, o), **how)
 
 
 def block_diag_outer(x, dy, num_blocks: int, *, precision=None):

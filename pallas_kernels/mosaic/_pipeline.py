@@ -14,27 +14,31 @@ COMPUTE = 2  # warpgroups that multiply; one more loads
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """Stages that are loaded and freed in turn; step `done` uses stage done % stages."""
+    """Stages that are loaded and freed in turn, from `first` on; step `done` uses stage first + done % stages."""
 
     loaded: Any
     freed: Any
     stages: int
+    first: Any = 0
+
+    def stage(self, done):
+        return self.first + jax.lax.rem(done, jnp.int32(self.stages))
 
     def wait_until_free(self, done):
-        """The stage of this step, once both warpgroups are done with what was in it."""
-        stage = jax.lax.rem(done, jnp.int32(self.stages))
+        """The stage of this step, once those who read it are done with what was in it."""
+        stage = self.stage(done)
         pl.when(done >= self.stages)(lambda: plgpu.barrier_wait(self.freed.at[stage]))
         return stage
 
     def wait_until_loaded(self, done):
         """The stage of this step, once all its copies have arrived."""
-        stage = jax.lax.rem(done, jnp.int32(self.stages))
+        stage = self.stage(done)
         plgpu.barrier_wait(self.loaded.at[stage])
         return stage
 
     def free(self, done):
         """Says that this warpgroup has read the stage of this step."""
-        plgpu.barrier_arrive(self.freed.at[jax.lax.rem(done, jnp.int32(self.stages))])
+        plgpu.barrier_arrive(self.freed.at[self.stage(done)])
 
     def sum(self, shape: tuple[int, int], multiply: Callable, steps, done, *, in_flight: int):
         """The float32 sum of what `multiply(accumulator, stage)` issues in each step, `in_flight` products a step."""
@@ -57,38 +61,39 @@ class Pipeline:
         """Waits for the last stages: a program of a cluster must not end while others free what it loaded."""
         for k in range(self.stages):
             step = done - self.stages + k
-            stage = jax.lax.rem(step, jnp.int32(self.stages))
+            stage = self.stage(step)
             pl.when(step >= 0)(lambda stage=stage: plgpu.barrier_wait(self.freed.at[stage]))
 
 
-def barriers(stages: int, copies: int, cluster: int = 1) -> tuple[Any, Any]:
-    """The scratch of a pipeline whose stages are filled by so many copies."""
+def barriers(stages: int, copies: int, cluster: int = 1, readers: int = COMPUTE) -> tuple[Any, Any]:
+    """The scratch of a pipeline whose stages are filled by so many copies and read by so many warpgroups."""
     loaded = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
     if cluster == 1:
-        return loaded, plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages)
+        return loaded, plgpu.Barrier(num_arrivals=readers, num_barriers=stages)
     axes = ("cluster",)
-    return loaded, plgpu.ClusterBarrier(collective_axes=axes, num_arrivals=COMPUTE, num_barriers=stages)
+    return loaded, plgpu.ClusterBarrier(collective_axes=axes, num_arrivals=readers, num_barriers=stages)
 
 
-def specialise(items: int, pipeline: Pipeline, load: Callable, multiply: Callable) -> None:
+def specialise(items: int, drain: Callable, load: Callable, multiply: Callable, begin: Any = (0, 0)) -> None:
     """Runs `load` on one warpgroup and `multiply` on the others, over this program's share of the items.
 
-    Both take (item, steps done before it) and return the steps done after it.
+    Both take (item, steps done before it) and return the steps done after it, which `begin` has at the beginning, of
+    one and of the others; `drain` takes what the last `load` returned.
     """
 
-    def every_item(task):
-        loop = plgpu.nd_loop((items,), collective_axes="sm", init_carry=jnp.int32(0))
+    def every_item(task, begin):
+        loop = plgpu.nd_loop((items,), collective_axes="sm", init_carry=jax.tree.map(jnp.int32, begin))
         return loop(lambda info, carry: task(info.index[0], carry))
 
     @pl.when(jax.lax.axis_index("wg") == COMPUTE)
     def _():
         plgpu.set_max_registers(40, action="decrease")
-        pipeline.drain(every_item(load))
+        drain(every_item(load, begin[0]))
 
     @pl.when(jax.lax.axis_index("wg") < COMPUTE)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        every_item(multiply)
+        every_item(multiply, begin[1])
         plgpu.wait_smem_to_gmem(0)
 
 

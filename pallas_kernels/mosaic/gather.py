@@ -97,7 +97,7 @@ def gather(x, blocks, lines: Lines, bias, config: Gather, device: Device, *, tra
             plgpu.copy_smem_to_gmem(tile, y_ref.at[pl.ds(row + mine, c.tile_m), pl.ds(column, c.tile_n)])
             return done + steps
 
-        specialise(bands * count * parts * band, pipeline, load, multiply)
+        specialise(bands * count * parts * band, pipeline.drain, load, multiply)
 
     scratch = (
         plgpu.SMEM((c.stages, c.stack, rows, c.tile_k), x.dtype),

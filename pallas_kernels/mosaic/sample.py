@@ -97,7 +97,7 @@ def sample(x, dy, index: Any, block: tuple[int, int], config: Sample, device: De
                     pl.when(here)(lambda k=k: store(out.at[mine, pl.ds(k * i, i)], 0))
             return done + steps
 
-        specialise(pairs * down, pipeline, load, multiply)
+        specialise(pairs * down, pipeline.drain, load, multiply)
 
     scratch = (
         plgpu.SMEM((c.stages, c.tile_m, c.tile_i), x.dtype),
