@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?= tests
+# Of test-all: --all, or --each for every test, but of sweeps only what make test has.
+SLOW ?= --all
 BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -q -n auto --dist loadgroup
 export PYTHONDONTWRITEBYTECODE = 1
@@ -22,7 +24,7 @@ test: $(VENV)/.ready
 
 test-all: $(VENV)/.ready
 	@echo "test-all: the slow ones too: sweeps, fuzz, processes, sanitizers and examples, some 20 minutes on two cores"
-	@JAXSPARSE_FUZZ_EXAMPLES=$${JAXSPARSE_FUZZ_EXAMPLES:-600} $(PYTEST) --all --durations=25 $(TESTS)
+	@JAXSPARSE_FUZZ_EXAMPLES=$${JAXSPARSE_FUZZ_EXAMPLES:-600} $(PYTEST) $(SLOW) --durations=25 $(TESTS)
 
 check: $(VENV)/.ready
 	@echo "check: formatting, lint and types"

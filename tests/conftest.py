@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from devices import OLDER_FUSIONS
 
 STATUS = Path("/proc/self/statm")  # on Linux
 MORE = 300 * 2**20
@@ -19,8 +20,6 @@ limit = 1200 * 2**20  # bytes
 # .ci/run has the products tested with this setting too.
 UNOPTIMIZED = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0"
 jax.config.update("jax_disable_most_optimizations", UNOPTIMIZED)
-# XLA's older way to make code of what it fuses takes a third of the time. Newer versions have no such option.
-OLDER_FUSIONS = "--xla_cpu_use_fusion_emitters=false"
 # JAX's persistent cache, for the length of one run: workers, and processes that tests start, compile a program once.
 SHARED = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
 
@@ -28,7 +27,7 @@ SHARED = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cac
 def pytest_sessionstart(session):
     """Lets XLA read its options, which the processes that tests start are to be without."""
     runs_no_tests = session.config.getoption("dist", "no") != "no"  # but starts workers that do
-    if runs_no_tests or not UNOPTIMIZED or jax.__version_info__ >= (0, 11):
+    if runs_no_tests or not UNOPTIMIZED or not OLDER_FUSIONS:
         return
     given = os.environ.get("XLA_FLAGS")
     os.environ["XLA_FLAGS"] = f"{given or ''} {OLDER_FUSIONS}"
@@ -51,16 +50,26 @@ def pytest_configure(config):
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="run the slow tests too")
+    parser.addoption("--each", action="store_true", help="run every test, but of sweeps only what is not slow")
 
 
 def pytest_collection_modifyitems(config, items):
     """Leaves the slow tests out, unless all are wanted or a file was named."""
     named = any(".py" in argument for argument in config.args)
-    if config.option.all or named or config.option.markexpr:
+    if config.option.all or (named and not config.option.each) or config.option.markexpr:
         return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    config.hook.pytest_deselected(items=slow)
-    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    quick = [item for item in items if not item.get_closest_marker("slow")]
+    if config.option.each:
+        swept = {function_of(item) for item in quick}
+        quick = [item for item in items if not item.get_closest_marker("slow") or function_of(item) not in swept]
+    kept = set(quick)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = quick
+
+
+def function_of(item) -> str:
+    """The test without its parameters."""
+    return item.nodeid.partition("[")[0]
 
 
 @pytest.fixture
@@ -69,10 +78,6 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", UNOPTIMIZED)
-
-
-# XLA's older way to make code of what it fuses takes a third of the time. Newer versions have no such option.
-OLDER_FUSIONS = "--xla_cpu_use_fusion_emitters=false"
 
 
 def pytest_runtest_logfinish():

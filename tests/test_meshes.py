@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import devices
 import pytest
 
+pytestmark = pytest.mark.slow  # eight devices in processes of their own
 COMPILER = os.environ.get("JAXSPARSE_GPU_COMPILER", "")  # see mosaic_compiled.py
-
+KINDS = "automatic", "explicit"
 PREPARED = """
 import contextlib, re, warnings
 import jax, jax.numpy as jnp, numpy as np
@@ -72,22 +74,6 @@ for backend, patterns in ((None, (entries, tiles)), ("xla", (entries, tiles)), (
     check(both, f, (x, blocks, bias), by_both, NONE, ONE, P("data", "model"))
 print("counted on", len(jax.devices()), "devices")
 """
-WORK = """
-def step(x, w):
-    return jax.grad(lambda x, w: (block_diag_matmul(x, w, backend="xla") ** 2).sum(), (0, 1))(x, w)
-
-
-x, blocks = draw(0, 64, 512), draw(1, 8, 64, 64)
-whole = jax.jit(step).lower(x, blocks).compile().cost_analysis()
-for specs in ((P("data"), P()), (P(None, "data"), P("data"))):
-    program, _ = compiled(data, step, (x, blocks), specs)
-    assert program.cost_analysis()["flops"] < 0.14 * whole["flops"], (program.cost_analysis(), whole)
-dy = draw(2, 64, 32)
-dw = lambda x, dy: sddmm(x[:, :48], dy, entries, backend="xla")
-whole = jax.jit(dw).lower(x, dy).compile().cost_analysis()["flops"]
-assert compiled(data, dw, (x, dy), (P("data"), P("data")))[0].cost_analysis()["flops"] < 0.2 * whole
-print("an eighth of the work")
-"""
 REFUSED = """
 mesh, few = data, draw(1, 12, 4, 4)
 
@@ -109,29 +95,40 @@ features = said(lambda x, w: spmm(x, w, tiles), (x, draw(4, *tiles.values_shape)
 assert "each row is multiplied whole" in features and "BlockPattern.split" in features, features
 print("told")
 """
+WORK = """
+def step(x, w):
+    return jax.grad(lambda x, w: (block_diag_matmul(x, w, backend="xla") ** 2).sum(), (0, 1))(x, w)
 
 
-def run(kind: str, program: str) -> str:
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    code = f"import os; os.environ.update({flags})\nKIND = {kind!r}\n{PREPARED}{program}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+x, blocks = draw(0, 64, 512), draw(1, 8, 64, 64)
+whole = jax.jit(step).lower(x, blocks).compile().cost_analysis()
+for specs in ((P("data"), P()), (P(None, "data"), P("data"))):
+    program, _ = compiled(data, step, (x, blocks), specs)
+    assert program.cost_analysis()["flops"] < 0.14 * whole["flops"], (program.cost_analysis(), whole)
+dy = draw(2, 64, 32)
+dw = lambda x, dy: sddmm(x[:, :48], dy, entries, backend="xla")
+whole = jax.jit(dw).lower(x, dy).compile().cost_analysis()["flops"]
+assert compiled(data, dw, (x, dy), (P("data"), P("data")))[0].cost_analysis()["flops"] < 0.2 * whole
+print("an eighth of the work")
+"""
 
 
-@pytest.mark.parametrize("kind", ["automatic", "explicit"])
-def test_products_send_what_their_sums_need_and_no_more(kind):
-    assert "counted on 8 devices" in run(kind, COUNTED)
+@pytest.fixture(scope="module", params=[pytest.param(kind, marks=pytest.mark.xdist_group(kind)) for kind in KINDS])
+def done(request) -> subprocess.CompletedProcess:
+    """One process with eight devices, which does all that this file asks of a kind of mesh."""
+    return devices.run(8, "-c", f"KIND = {request.param!r}\n{PREPARED}{COUNTED}{REFUSED}{WORK}")
 
 
-@pytest.mark.parametrize("kind", ["automatic", "explicit"])
-def test_each_of_eight_devices_computes_an_eighth(kind):
-    assert "an eighth of the work" in run(kind, WORK)
+def test_products_send_what_their_sums_need_and_no_more(done):
+    assert "counted on 8 devices" in done.stdout, done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("kind", ["automatic", "explicit"])
-def test_what_can_not_be_shared_evenly_is_told_with_the_numbers(kind):
-    assert "told" in run(kind, REFUSED)
+def test_what_can_not_be_shared_evenly_is_told_with_the_numbers(done):
+    assert "told" in done.stdout, done.stderr[-4000:]
+
+
+def test_each_of_eight_devices_computes_an_eighth(done):
+    assert done.returncode == 0 and "an eighth of the work" in done.stdout, done.stderr[-4000:]
 
 
 @pytest.mark.skipif(not COMPILER, reason="JAXSPARSE_GPU_COMPILER names no folder with XLA's compiler for GPUs")

@@ -1,8 +1,6 @@
 """Data parallel over devices: each multiplies its share of the batch, and the weight's gradient is their sum."""
 
-import subprocess
-import sys
-
+import devices
 import pytest
 
 pytestmark = pytest.mark.slow  # two devices in processes of their own
@@ -93,9 +91,7 @@ print("checked", checked, "products on", len(jax.devices()), "devices")
 
 
 def run(program: str) -> str:
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    code = f"import os; os.environ.update({flags})\n{program}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = devices.run(2, "-c", program)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -142,38 +142,65 @@ struct Problem {
   double density;
 };
 
-// A random pattern in both orders, its values, and dense truth by plain loops.
+// A random pattern in both orders, its values, and the truth by plain loops, found once for all kernels and threads.
 struct Case {
   Problem p;
   int64_t rows, cols;
   std::vector<int32_t> col_ptr{0}, row_index, row_ptr{0}, col_index, order;
   int64_t entries;
   Array x, dy, values, bias, y, dx, dvalues;
-  std::vector<double> dense;
+  std::vector<double> true_y, true_dx, true_dvalues;  // y before its activation
   char name[120];
 
   Case(const Problem& q, std::mt19937& random, Pool pool)
       : p(q), rows((q.in + q.i - 1) / q.i), cols((q.out + q.o - 1) / q.o), entries(draw(random)),
         x(q.dtype, q.m * q.in), dy(q.dtype, q.m * q.out), values(q.dtype, entries * q.i * q.o),
         bias(q.dtype, q.out), y(q.dtype, q.m * q.out), dx(q.dtype, q.m * q.in),
-        dvalues(q.dtype, entries * q.i * q.o), dense(q.in * q.out) {
+        dvalues(q.dtype, entries * q.i * q.o), true_y(q.m * q.out), true_dx(q.m * q.in),
+        true_dvalues(entries * q.i * q.o) {
     for (Array* a : {&x, &dy, &values, &bias}) a->fill(random);
-    for (int64_t c = 0; c < cols; ++c)
-      for (int64_t k = col_ptr[c]; k < col_ptr[c + 1]; ++k) each(c, k, [&](int64_t at, int64_t v) {
-        dense[at] = values.get(v);
-      });
+    find_truth();
     std::snprintf(name, sizeof name, "%s dtype %d m %d, %d x %d, block %d x %d, %d threads", isa(),
                   int(p.dtype), int(p.m), int(p.in), int(p.out), int(p.i), int(p.o), pool.threads);
   }
 
-  // f(place in the dense matrix, place in the values) for the entries of block k inside the edge
+  // [features][batch] of an array [batch][features]
+  std::vector<double> by_feature(const Array& a, int64_t features) const {
+    std::vector<double> found(p.m * features);
+    for (int64_t b = 0; b < p.m; ++b)
+      for (int64_t f = 0; f < features; ++f) found[f * p.m + b] = a.get(b * features + f);
+    return found;
+  }
+
+  // Every entry inside the edge: its row and column, and its place in the values.
   template <class F>
-  void each(int64_t c, int64_t k, F f) {
-    for (int64_t a = 0; a < p.i; ++a)
-      for (int64_t b = 0; b < p.o; ++b) {
-        const int64_t row = row_index[k] * p.i + a, col = c * p.o + b;
-        if (row < p.in && col < p.out) f(row * p.out + col, (k * p.i + a) * p.o + b);
+  void each(F f) const {
+    for (int64_t c = 0; c < cols; ++c)
+      for (int64_t k = col_ptr[c]; k < col_ptr[c + 1]; ++k)
+        for (int64_t a = 0; a < p.i; ++a)
+          for (int64_t b = 0; b < p.o; ++b) {
+            const int64_t row = row_index[k] * p.i + a, col = c * p.o + b;
+            if (row < p.in && col < p.out) f(row, col, (k * p.i + a) * p.o + b);
+          }
+  }
+
+  void find_truth() {
+    const std::vector<double> xs = by_feature(x, p.in), dys = by_feature(dy, p.out);
+    std::vector<double> ys(p.m * p.out), dxs(p.m * p.in);
+    each([&](int64_t row, int64_t col, int64_t v) {
+      const double w = values.get(v), *x_of = xs.data() + row * p.m, *dy_of = dys.data() + col * p.m;
+      double *y_of = ys.data() + col * p.m, *dx_of = dxs.data() + row * p.m, sum = 0;
+      for (int64_t b = 0; b < p.m; ++b) {
+        y_of[b] += x_of[b] * w;
+        dx_of[b] += dy_of[b] * w;
+        sum += x_of[b] * dy_of[b];
       }
+      true_dvalues[v] = sum;
+    });
+    for (int64_t b = 0; b < p.m; ++b) {
+      for (int64_t c = 0; c < p.out; ++c) true_y[b * p.out + c] = ys[c * p.m + b] + bias.get(c);
+      for (int64_t r = 0; r < p.in; ++r) true_dx[b * p.in + r] = dxs[r * p.m + b];
+    }
   }
 
   int64_t draw(std::mt19937& random) {
@@ -213,16 +240,14 @@ struct Case {
     Product q{p.dtype, p.m, p.in, p.out, p.i, p.o, false, activation, x.data(), values.data(),
               bias.data(), y.data(), by_column()};
     expect(spmm(q, pool).empty(), "spmm returns an error", name);
-    for (int64_t b = 0; b < p.m; ++b)
-      for (int64_t c = 0; c < p.out; ++c) {
-        double s = bias.get(c);
-        for (int64_t r = 0; r < p.in; ++r) s += x.get(b * p.in + r) * dense[r * p.out + c];
-        if (activation == Activation::relu) s = std::max(s, 0.);
-        if (activation == Activation::silu) s = s / (1 + std::exp(-s));
-        if (activation == Activation::gelu)
-          s = s / 2 * (1 + std::tanh(0.7978845608028654 * (s + 0.044715 * s * s * s)));
-        expect(close(y.get(b * p.out + c), s, p.in), "spmm", name);
-      }
+    for (size_t n = 0; n < true_y.size(); ++n) {
+      double s = true_y[n];
+      if (activation == Activation::relu) s = std::max(s, 0.);
+      if (activation == Activation::silu) s = s / (1 + std::exp(-s));
+      if (activation == Activation::gelu)
+        s = s / 2 * (1 + std::tanh(0.7978845608028654 * (s + 0.044715 * s * s * s)));
+      expect(close(y.get(n), s, p.in), "spmm", name);
+    }
   }
 
   void check_backward(Pool pool, bool fused) {
@@ -239,21 +264,10 @@ struct Case {
       Outer w{p.dtype, p.m, p.in, p.out, p.i, p.o, x.data(), dy.data(), dvalues.data(), by_column()};
       expect(sddmm(w, pool).empty(), "sddmm returns an error", name);
     }
-    for (int64_t b = 0; b < p.m; ++b)
-      for (int64_t r = 0; r < p.in; ++r) {
-        double s = 0;
-        for (int64_t c = 0; c < p.out; ++c) s += dy.get(b * p.out + c) * dense[r * p.out + c];
-        expect(close(dx.get(b * p.in + r), s, p.out), fused ? "dx, fused" : "dx", name);
-      }
-    std::vector<double> truth(entries * p.i * p.o);
-    for (int64_t c = 0; c < cols; ++c)
-      for (int64_t k = col_ptr[c]; k < col_ptr[c + 1]; ++k)
-        each(c, k, [&](int64_t at, int64_t v) {
-          for (int64_t b = 0; b < p.m; ++b)
-            truth[v] += x.get(b * p.in + at / p.out) * dy.get(b * p.out + at % p.out);
-        });
-    for (size_t v = 0; v < truth.size(); ++v)
-      expect(close(dvalues.get(v), truth[v], p.m), fused ? "dvalues, fused" : "dvalues", name);
+    for (size_t n = 0; n < true_dx.size(); ++n)
+      expect(close(dx.get(n), true_dx[n], p.out), fused ? "dx, fused" : "dx", name);
+    for (size_t v = 0; v < true_dvalues.size(); ++v)
+      expect(close(dvalues.get(v), true_dvalues[v], p.m), fused ? "dvalues, fused" : "dvalues", name);
   }
 
   void check(Pool pool) {
