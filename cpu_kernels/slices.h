@@ -10,6 +10,8 @@ struct Slices {
   int64_t features, count;  // `features` in each slice, fewer in the last
 
   int64_t starts(const Lines& lines) const { return (count + 1) * lines.lines; }
+  // Of a line, in a slice, on average.
+  int64_t entries(const Lines& lines) const { return ceil_div(lines.entries, most<int64_t>(1, lines.lines * count)); }
 };
 
 // Slices of about `bytes`, a feature taking `feature_bytes`; wider where a line would meet fewer than `entries`

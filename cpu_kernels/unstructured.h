@@ -43,7 +43,7 @@ void add_part(const Part<S>& part, const S* values, const Slices& slices, const 
   const Lines& lines = part.p.lines;
   for (int64_t i = 0; i < (part.last - part.first) * T; i += L) store<L>(part.sums + i, Vector<Sum<S>, L>{});
   // Visits jump about among the entries: those of the line after next are fetched ahead.
-  const int64_t each = ceil_div(lines.entries, lines.lines * slices.count);
+  const int64_t each = slices.entries(lines);
   for (int64_t s = 0; s < slices.count; ++s, starts += lines.lines) {
     const int32_t* ends = starts + lines.lines;
     for (int64_t n = part.first; n < part.last; ++n) {

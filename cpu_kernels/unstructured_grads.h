@@ -111,7 +111,7 @@ void pass_chunk(const Grads<S>& g, const Batch<Sum<S>, kGradVectors>& batch, con
                 const Slices& slices, const int32_t* starts, int64_t first, int64_t last, Pass<S> pass,
                 const Sum<S>* own, const Sum<S>* other, Sum<S>* sum) {
   using A = Sum<S>;
-  const int64_t each = ceil_div(g.lines.entries, g.lines.lines * slices.count);
+  const int64_t each = slices.entries(g.lines);
   alignas(64) A partial[kLanes<A> * kLanes<A>] = {};
   pass.partial = partial;
   for (int64_t t = round.first; t < round.last; ++t) {

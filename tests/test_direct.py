@@ -111,6 +111,19 @@ def test_results_are_the_same_bits_on_one_thread_and_on_torchs_team():
     assert all((together[name] == alone[name]).all() for name in alone)
 
 
+@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0), (5, 7)], ids=str)
+def test_a_matrix_without_entries_has_products_of_zeros(shape):
+    kernels, (inputs, outputs) = direct.Kernels(None), shape
+    none, ptr = np.zeros(0, np.int32), [np.zeros(n + 1, np.int32) for n in shape]
+    index = (ptr[1], none, ptr[0], none, none)
+    x, dy = np.ones((3, inputs), np.float32), np.ones((3, outputs), np.float32)
+    w, y, dx = np.zeros(0, np.float32), np.full_like(dy, 7), np.full_like(x, 7)
+    kernels.spmm(x, w, (*index[:2], None), None, y, (*shape, 1, 1), False)
+    kernels.spmm_backward(x, dy, w, index, dx, w.copy(), None, (*shape, 1, 1), False)
+    assert not y.any() and not dx.any()
+
+
+
 def test_activations_are_applied_after_the_bias():
     kernels, x = direct.Kernels(torch), torch.randn(5, 24)
     w, bias, y = torch.randn(3, 8, 4), torch.randn(12), torch.empty(5, 12)
