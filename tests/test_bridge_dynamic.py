@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from jaxsparse import dynamic as jax_dynamic
+from jaxsparse.training import dynamic as jax_dynamic
 from jaxsparse.formats import BlockPattern
 from torch_bridge import BlockDiagLinear, BlockSparseLinear, SparseLinear, dynamic, torch_to_jax
 
