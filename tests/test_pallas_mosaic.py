@@ -51,7 +51,7 @@ BUGS = {
         "pl.when(done >= self.stages)",
         "pl.when(done > self.stages)",
         "blocks of 64x128",
-        "y",
+        "dx",
     ),
     "a wrong transposition": (
         "gather.py",
