@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -180,14 +181,24 @@ MUTANTS = [
 ]
 
 
+# An editable install would come before the copy, and no fault would be found.
+NOT_EDITABLE = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]
+"""
+
+
 def copied(folder: Path) -> None:
     """Copies what git knows of, and the built library of the CPU kernels."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    built = [str(path.relative_to(ROOT)) for path in ROOT.glob("cpu_kernels/*.so")]
-    for name in [*filter(None, listed.split("\0")), *built]:
+    for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
+    for packages in (ROOT, Path(sysconfig.get_path("purelib"))):
+        for library in packages.glob("cpu_kernels/*.so"):
+            shutil.copy2(library, folder / "cpu_kernels")
+    (folder / "sitecustomize.py").write_text(NOT_EDITABLE)
 
 
 def failed(tests: list[str], folder: Path) -> tuple[set[str], str]:
