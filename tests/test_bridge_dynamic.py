@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from jaxsparse.training import dynamic as jax_dynamic
 from jaxsparse.formats import BlockPattern
+from jaxsparse.training import dynamic as jax_dynamic
 from torch_bridge import BlockDiagLinear, BlockSparseLinear, SparseLinear, dynamic, torch_to_jax
 
 PATTERN = BlockPattern.random(jax.random.key(3), (24, 18), density=0.4, block=(3, 4))

@@ -123,7 +123,6 @@ def test_a_matrix_without_entries_has_products_of_zeros(shape):
     assert not y.any() and not dx.any()
 
 
-
 def test_activations_are_applied_after_the_bias():
     kernels, x = direct.Kernels(torch), torch.randn(5, 24)
     w, bias, y = torch.randn(3, 8, 4), torch.randn(12), torch.empty(5, 12)
