@@ -1,5 +1,5 @@
-// Every number by which a kernel is chosen or its work is cut, with what it was measured by. docs/log/cpu.md has the
-// runs: float32, AVX-512, 2048 x 2048 and batch 256 unless said otherwise.
+// The numbers by which a kernel is chosen or its work is cut, with what measured them where one did. docs/log/cpu.md
+// has the runs: float32, AVX-512, 2048 x 2048 and batch 256 unless said otherwise.
 #pragma once
 
 #include <cstdint>
@@ -67,7 +67,7 @@ constexpr int kGradVectors = 4;
 
 // Of the gradients, in the second-level cache, which sums and values share. 256 KiB instead of 512: 4.8 against 6.6 ms
 // at 10 %, 9.4 against 15.4 at 25 %, on a machine with 1 MiB of it. At 5 % slices of 512 KiB are faster, 2.8 against
-// 3.1 ms, and 1.13 times as fast as those of 1 MiB.
+// 3.1 ms, and 1.13 times as fast as those of 1 MiB with one thread, even with two.
 constexpr int64_t kGradSliceBytes = 256 << 10;
 constexpr int64_t kEntriesPerGradSlice = 48;
 
