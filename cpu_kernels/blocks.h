@@ -6,6 +6,10 @@
 namespace jaxsparse_cpu {
 namespace {
 
+// Columns of the widest panel, which a unit of work takes.
+template <class A>
+constexpr int64_t kPanelColumns = kPanelVectors * kLanes<A>;
+
 // A line's blocks, columns [j, j + count) of each, as [entries][depth][W] with zeros at the end.
 template <int W, class S>
 void pack_panel(const Product& p, int64_t line, int64_t j, int64_t count, Sum<S>* to) {
@@ -35,13 +39,6 @@ void pack_panel(const Product& p, int64_t line, int64_t j, int64_t count, Sum<S>
   }
 }
 
-// Whether the rows of x are fetched ahead.
-bool fetches_ahead(const Product& p) {
-  const Lines& lines = p.lines;
-  const bool few = lines.entries > lines.limit && kFewBlocksInverse * lines.entries < lines.lines * lines.limit;
-  return few && p.m * p.in >= kLargeX;
-}
-
 // Columns [j, j + panel) of line `line`, for batch rows [row, last).
 template <class S, class P>
 void multiply_panel(const Product& p, const Rows<Sum<S>>& x, int64_t line, int64_t j, int64_t row,
@@ -58,17 +55,16 @@ void multiply_panel(const Product& p, const Rows<Sum<S>>& x, int64_t line, int64
   const Target<S> target{static_cast<S*>(p.y) + column, p.out, columns, p.bias ? bias : nullptr,
                          p.activation};
   const int32_t* index = p.lines.index + begin;
-  const bool ahead = fetches_ahead(p);
   const auto multiply_by = [&](const auto* w, int64_t stride) {
     const int64_t size = p.depth * stride;
     const auto where = [&](int64_t e) {
       const int64_t offset = int64_t{index[e]} * p.depth;
       return Step{offset, e * size, least(p.depth, p.in - offset)};
     };
-    for_rows<kRows>(row, last, [&](int64_t r, auto rows) {
-      Vector<A, L> sum[rows.R][NV] = {};
-      multiply<rows.R, NV, L, true>(sum, x.data + r * x.stride, x.stride, w, stride, entries, where,
-                                    ahead && r + rows.R < last);
+    for_rows<P::R>(row, last, [&](int64_t r, auto rows) {
+      Vector<A, L> sum[rows.R][NV];
+      clear(sum);
+      multiply<rows.R, NV, L, true, true>(sum, x.data + r * x.stride, x.stride, w, stride, entries, where);
       finish<rows.R, NV, L, S>(sum, target, r);
     });
   };
@@ -81,11 +77,13 @@ void multiply_panel(const Product& p, const Rows<Sum<S>>& x, int64_t line, int64
   }
 }
 
-// Batch rows that one task takes.
+// Batch rows that one task takes: whole register tiles.
 template <class S>
 int64_t rows_per_task(const Product& p) {
   const bool packs = p.transposed || p.width >= kWideBlock;
-  return packs || p.in * int64_t(sizeof(Sum<S>)) < kWideXBytes ? kTaskRows : kTaskRowsOfWideX;
+  const int64_t rows = packs || p.in * int64_t(sizeof(Sum<S>)) < kWideXBytes ? kTaskRows : kTaskRowsOfWideX;
+  const int64_t tile = p.width >= kPanelColumns<Sum<S>> ? Panel<1, kPanelVectors>::R : kRows;
+  return ceil_div(rows, tile) * tile;
 }
 
 int64_t longest_line(const Lines& lines) {
@@ -100,11 +98,11 @@ bool block_spmm(const Product& p, const Pool& pool) {
   using A = Sum<S>;
   const Lines& lines = p.lines;
   if (!in_range(lines, 0, lines.lines)) return false;
-  const int64_t pieces = ceil_div(p.width, kUnit<A>), longest = longest_line(lines);
+  const int64_t pieces = ceil_div(p.width, kPanelColumns<A>), longest = longest_line(lines);
   const double work = double(p.m) * double(lines.entries) * double(p.depth) * double(p.width);
   const int workers = workers_for(pool, work);
   const int64_t stride = packed_stride<S>(p.in);
-  const int64_t own = ceil_div(longest * p.depth * kUnit<A>, 16) * 16;
+  const int64_t own = ceil_div(longest * p.depth * kPanelColumns<A>, 16) * 16;
   Scratch packed(sizeof(A) * stride * p.m), panels(sizeof(A) * own * workers);
   if (!packed.data() || !panels.data()) return false;
   A* copy = reinterpret_cast<A*>(packed.data());
@@ -120,8 +118,8 @@ bool block_spmm(const Product& p, const Pool& pool) {
     const int64_t end = unit_of_part(lines, pieces, task % parts + 1, parts);
     A* panel = reinterpret_cast<A*>(panels.data()) + own * worker;
     for (int64_t u = unit_of_part(lines, pieces, task % parts, parts); u < end; ++u) {
-      const int64_t j = u % pieces * kUnit<A>;
-      for_panels<A>(p.width, j, j + kUnit<A>, [&](int64_t at, auto type) {
+      const int64_t j = u % pieces * kPanelColumns<A>;
+      for_panels<A, kPanelVectors>(p.width, j, j + kPanelColumns<A>, [&](int64_t at, auto type) {
         multiply_panel<S>(p, x, u / pieces, at, row, last, panel, type);
       });
     }

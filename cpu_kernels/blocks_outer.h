@@ -6,6 +6,10 @@
 namespace jaxsparse_cpu {
 namespace {
 
+// Columns of dy's strips, and of a unit of work.
+template <class A>
+constexpr int64_t kStripColumns = 2 * kLanes<A>;
+
 // One operand cut into its slices, and each slice into strips of `stride` columns, which the
 // inner loop reads from end to end: [slice][strip][batch row][stride], zeros beyond the edges.
 template <class A>
@@ -56,11 +60,12 @@ void outer_block(const Outer& p, const Sum<S>* x, const Strips<Sum<S>>& xs, int6
     const int64_t deep = least(kDeep, p.m - b);
     const bool last = b + kDeep >= p.m;
     for_rows<kStripRows>(0, p.depth, [&](int64_t i, auto rows) {
-      Vector<A, L> sum[rows.R][NV] = {};
+      Vector<A, L> sum[rows.R][NV];
+      clear(sum);
       if (b)
         for (int r = 0; r < rows.R; ++r)
           for (int v = 0; v < NV; ++v) sum[r][v] = load<L>(carry + (i + r) * W + v * L);
-      multiply<rows.R, NV, L, false>(sum, x + xs.at(slice, i) + b * xs.stride, xs.stride,
+      multiply<rows.R, NV, L, false, true>(sum, x + xs.at(slice, i) + b * xs.stride, xs.stride,
                                      dy + b * dy_stride, dy_stride, 1,
                                      [&](int64_t) { return Step{0, 0, deep}; });
       if (last) return finish<rows.R, NV, L, S>(sum, target, i);
@@ -75,10 +80,10 @@ bool block_sddmm(const Outer& p, const Pool& pool) {
   using A = Sum<S>;
   const Lines& lines = p.lines;
   if (!in_range(lines, 0, lines.lines)) return false;
-  const int64_t size = p.depth * p.width, pieces = ceil_div(p.width, kUnit<A>);
-  const Strips<A> xs(p.m, p.depth, 16), dys(p.m, p.width, kUnit<A>);
+  const int64_t size = p.depth * p.width, pieces = ceil_div(p.width, kStripColumns<A>);
+  const Strips<A> xs(p.m, p.depth, 16), dys(p.m, p.width, kStripColumns<A>);
   const int workers = workers_for(pool, double(p.m) * double(lines.entries) * double(size));
-  const int64_t own = ceil_div(p.depth * kUnit<A>, 16) * 16, x_size = xs.size(lines.limit);
+  const int64_t own = ceil_div(p.depth * kStripColumns<A>, 16) * 16, x_size = xs.size(lines.limit);
   Scratch packed(sizeof(A) * (x_size + dys.size(lines.lines))), carries(sizeof(A) * own * workers);
   if (!packed.data() || !carries.data()) return false;
   A *x = reinterpret_cast<A*>(packed.data()), *dy = x + x_size;
@@ -93,8 +98,8 @@ bool block_sddmm(const Outer& p, const Pool& pool) {
     A* carry = reinterpret_cast<A*>(carries.data()) + own * worker;
     const int64_t end = unit_of_part(lines, pieces, part + 1, parts);
     for (int64_t u = unit_of_part(lines, pieces, part, parts); u < end; ++u) {
-      const int64_t n = u / pieces, j = u % pieces * kUnit<A>;
-      for_panels<A>(p.width, j, j + kUnit<A>, [&](int64_t at, auto panel) {
+      const int64_t n = u / pieces, j = u % pieces * kStripColumns<A>;
+      for_panels<A, 2>(p.width, j, j + kStripColumns<A>, [&](int64_t at, auto panel) {
         for (int64_t k = lines.ptr[n]; k < lines.ptr[n + 1]; ++k)
           outer_block<S>(p, x, xs, lines.index[k], dy + dys.at(n, at), dys.stride,
                          static_cast<S*>(p.values) + k * size, at, carry, panel);

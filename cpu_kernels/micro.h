@@ -49,13 +49,50 @@ struct Step {
   int64_t a, b, depth;
 };
 
-// sum[r][..] += over steps e < count and d < depth:  a[r, d] * b[d, vector]
+template <class V, int R, int NV>
+ALWAYS_INLINE void clear(V (&sum)[R][NV]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) sum[r][j] = V{};
+}
+
+// sum[r][..] += over d < depth:  a[r, d] * b[d, vector]
 // with rows of b `b_stride` apart; a is read a number at a time, at r * a_stride + d (kByRow)
-// or at r + d * a_stride. `fetches` the same numbers of the R rows that follow (kByRow), for the next tile.
-template <int R, int NV, int L, bool kByRow, class SA, class SB, class F>
-ALWAYS_INLINE void multiply(Vector<Sum<SA>, L> (&sum)[R][NV], const SA* a0, int64_t a_stride,
-                            const SB* b0, int64_t b_stride, int64_t count, F where, bool fetches = false) {
-  using V = Vector<Sum<SA>, L>;
+// or at r + d * a_stride. What is read from end to end is fetched ahead (kFetches).
+template <int R, int NV, int L, bool kByRow, bool kFetches, class SA, class SB>
+ALWAYS_INLINE void multiply_run(Vector<Sum<SA>, L> (&sum)[R][NV], const SA* a, int64_t a_stride, const SB* b,
+                                int64_t b_stride, int64_t depth) {
+  for (int64_t i = 0; i < depth; ++i, b += b_stride, a += kByRow ? 1 : a_stride) {
+    Vector<Sum<SA>, L> v[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) v[j] = load<L>(b + j * L);
+    if (kFetches) {
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) __builtin_prefetch(b + kFetchRows * b_stride + j * L);
+      if (!kByRow) __builtin_prefetch(a + kFetchRows * a_stride);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vector<Sum<SA>, L> s = splat<L>(widen(a[kByRow ? r * a_stride : r]));
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) sum[r][j] += s * v[j];
+    }
+  }
+}
+
+// The numbers of R rows that step e + 1 reads, while step e is summed.
+template <int R, class S>
+ALWAYS_INLINE void fetch_rows(const S* a, int64_t stride, const Step& step) {
+  for (int64_t i = 0; i < step.depth; i += 64 / sizeof(S))
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) __builtin_prefetch(a + step.a + r * stride + i);
+}
+
+// sum[r][..] += over steps e < count and d < depth:  a[r, d] * b[d, vector], in runs of kRun to 2 kRun terms.
+template <int R, int NV, int L, bool kByRow, bool kFetches, class SA, class SB, class F>
+ALWAYS_INLINE void multiply(Vector<Sum<SA>, L> (&sum)[R][NV], const SA* a, int64_t a_stride, const SB* b,
+                            int64_t b_stride, int64_t count, F where) {
   alignas(64) Sum<SA> total[R * NV * L];
   bool long_sum = false;
   int64_t left = kRun;
@@ -67,38 +104,21 @@ ALWAYS_INLINE void multiply(Vector<Sum<SA>, L> (&sum)[R][NV], const SA* a0, int6
   };
   for (int64_t e = 0; e < count; ++e) {
     const Step step = where(e);
-    const SA* a = a0 + step.a;
-    const SB* b = b0 + step.b;
-    for (int64_t d = 0; d < step.depth;) {
-      if (left == 0) {
+    if (kFetches && kByRow && e + 1 < count) fetch_rows<R>(a, a_stride, where(e + 1));
+    for (int64_t d = 0; d < step.depth; d += kRun) {
+      if (left <= 0) {
         if (long_sum) add_total();
         for (int r = 0; r < R; ++r)
-          for (int j = 0; j < NV; ++j) {
-            store<L>(total + (r * NV + j) * L, sum[r][j]);
-            sum[r][j] = V{};
-          }
+          for (int j = 0; j < NV; ++j) store<L>(total + (r * NV + j) * L, sum[r][j]);
+        clear(sum);
         asm volatile("" : : "r"(total) : "memory");  // it must not take the registers of the sums
         long_sum = true;
         left = kRun;
       }
-      const int64_t run = least(left, step.depth - d);
-      if (kByRow && fetches)
-        for (int64_t i = 0; i < run; i += 64 / sizeof(SA))
-#pragma GCC unroll 16
-          for (int r = 0; r < R; ++r) __builtin_prefetch(a + (R + r) * a_stride + i);
+      const int64_t run = least(kRun, step.depth - d);
+      multiply_run<R, NV, L, kByRow, kFetches>(sum, a + step.a + d * (kByRow ? 1 : a_stride), a_stride,
+                                               b + step.b + d * b_stride, b_stride, run);
       left -= run;
-      d += run;
-      for (int64_t i = 0; i < run; ++i, b += b_stride, a += kByRow ? 1 : a_stride) {
-        V v[NV];
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) v[j] = load<L>(b + j * L);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-          const V s = splat<L>(widen(a[kByRow ? r * a_stride : r]));
-#pragma GCC unroll 4
-          for (int j = 0; j < NV; ++j) sum[r][j] += s * v[j];
-        }
-      }
     }
   }
   if (long_sum) add_total();
@@ -134,15 +154,18 @@ ALWAYS_INLINE void for_rows(int64_t row, int64_t last, F f) {
     if (row < last) for_rows<R / 2>(row, last, f);
 }
 
+// Columns of a register tile, and how many rows it has.
 template <int L_, int NV_>
 struct Panel {
-  static constexpr int L = L_, NV = NV_, width = L_ * NV_;
+  static constexpr int L = L_, NV = NV_, width = L_ * NV_, R = NV_ > 2 ? kRowsOfWidePanel : kRows;
 };
 
-// Calls f with the widest panel that fits into `left` columns, or the narrowest one.
-template <class A, class F>
+// Calls f with the widest panel of at most kMost vectors that fits into `left` columns, or the narrowest one.
+template <class A, int kMost, class F>
 ALWAYS_INLINE void with_panel(int64_t left, F f) {
   constexpr int L = kLanes<A>, kLeast = 16 / static_cast<int>(sizeof(A));
+  if constexpr (kMost > 2)
+    if (left >= kMost * L) return f(Panel<L, kMost>{});
   if (left >= 2 * L) return f(Panel<L, 2>{});
   if constexpr (L / 2 >= kLeast) {
     if constexpr (L / 4 >= kLeast)
@@ -153,20 +176,16 @@ ALWAYS_INLINE void with_panel(int64_t left, F f) {
 }
 
 // Calls f(first column, panel type) for the panels of `width` columns, from `begin` to `end`.
-template <class A, class F>
+template <class A, int kMost, class F>
 ALWAYS_INLINE void for_panels(int64_t width, int64_t begin, int64_t end, F f) {
   while (begin < least(width, end))
-    with_panel<A>(width - begin, [&](auto panel) {
+    with_panel<A, kMost>(width - begin, [&](auto panel) {
       f(begin, panel);
       begin += decltype(panel)::width;
     });
 }
 
-// Columns that a unit of work takes: the widest panel.
-template <class A>
-constexpr int64_t kUnit = 2 * kLanes<A>;
-
-// Units are the pieces of kUnit columns of all lines; the first unit of part `part` of `parts`,
+// Units are the pieces of a panel's columns of all lines; the first unit of part `part` of `parts`,
 // each with about as many entries.
 int64_t unit_of_part(const Lines& lines, int64_t pieces, int64_t part, int64_t parts) {
   const int64_t units = lines.lines * pieces;

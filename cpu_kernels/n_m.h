@@ -152,7 +152,7 @@ void multiply_panel(const NM& p, const Rows<Sum<S>>& x, int64_t j, int64_t row, 
   const int64_t depth = p.transposed ? p.out : p.in;
   for_rows<kRows>(row, last, [&](int64_t r, auto rows) {
     Vector<Sum<S>, L> sum[rows.R][2] = {};
-    multiply<rows.R, 2, L, true>(sum, x.data + r * x.stride, x.stride, panel, W, 1,
+    multiply<rows.R, 2, L, true, false>(sum, x.data + r * x.stride, x.stride, panel, W, 1,
                                  [&](int64_t) { return Step{0, 0, depth}; });
     finish<rows.R, 2, L, S>(sum, target, r);
   });
