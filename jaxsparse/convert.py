@@ -8,11 +8,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxsparse import _norms
-from jaxsparse.formats import BlockPattern
-from jaxsparse.formats.n_m import NMPattern
+from jaxsparse.formats import Pattern
 
 
-def relative_error(w: Float[Array, "in out"], pattern: BlockPattern | NMPattern) -> float:
+def relative_error(w: Float[Array, "in out"], pattern: Pattern) -> float:
     """||w - what the pattern keeps of w|| / ||w||, in the Frobenius norm; 0 for a matrix of zeros."""
     dense = np.asarray(w, np.float64)
     if dense.shape != pattern.shape:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NUMERIC = {"jax", "numpy", "jaxtyping"}
 BASE = {"jaxsparse._groups", "jaxsparse._indices", "jaxsparse._norms", "jaxsparse._sizes"}
-FORMATS = BASE | {"jaxsparse.formats", "jaxsparse.formats.interop", "jaxsparse.formats.n_m"}
+FORMATS = BASE | {"jaxsparse.formats", "jaxsparse.formats.interop"}
 FILES = {"jaxsparse.files._limits", "jaxsparse.files.layouts", "jaxsparse.files.weights"}
 # What torch.save wrote, torch alone can read; and the top of the house says what torch does where it is installed.
 TORCH_COMPETES = "jaxsparse/bench/in_torch.py"  # imported where torch is installed
@@ -25,7 +25,7 @@ OPS = FORMATS | {"jaxsparse.ops"}
 PRODUCTS = {"jaxsparse._backends", *(f"jaxsparse.products.{name}" for name in ("_epilogue", "_rules", "_shards"))}
 TRAINING = {"jaxsparse.training", *(f"jaxsparse.training.{name}" for name in ("_carry", "_places", "_replicas"))}
 CHECKPOINT = {"jaxsparse.checkpoint", "jaxsparse.checkpoint.trees"}
-LAYERS = {"flax", "jaxsparse.formats", "jaxsparse.formats.n_m", "jaxsparse.linen", "jaxsparse.nnx"}
+LAYERS = {"flax", "jaxsparse.formats", "jaxsparse.linen", "jaxsparse.nnx"}
 MODELS = {
     "jaxsparse.models",
     *(f"jaxsparse.models.{name}" for name in ("_densify", "_layers", "report", "rules", "summary")),
@@ -45,7 +45,6 @@ TABLE = {
         "jaxsparse._picture",
         "jaxsparse.models.summary",
         "jaxsparse.formats",
-        "jaxsparse.formats.n_m",
         "jaxsparse.ops",
         "jaxsparse.linen",
         "jaxsparse.nnx",
@@ -58,7 +57,7 @@ TABLE = {
     "jaxsparse/_norms.py": {"jax", "numpy"},
     "jaxsparse/_groups.py": NUMERIC,
     "jaxsparse/_indices.py": NUMERIC | {"jaxsparse._sizes", "scipy"},
-    "jaxsparse/formats/__init__.py": {"jaxsparse.formats.block"},
+    "jaxsparse/formats/__init__.py": {"jaxsparse.formats.block", "jaxsparse.formats.n_m"},
     "jaxsparse/formats/block.py": NUMERIC
     | BASE
     | FORMATS
@@ -86,8 +85,7 @@ TABLE = {
     "jaxsparse/products/block_diag.py": NUMERIC | PRODUCTS,
     "jaxsparse/products/n_m.py": NUMERIC | PRODUCTS,
     "jaxsparse/exporting.py": {"jax", "cpu_kernels"},
-    "jaxsparse/ops.py": NUMERIC
-    | {"jaxsparse.formats", "jaxsparse.formats.n_m", "jaxsparse._backends", "jaxsparse._xla", "jaxsparse.products"},
+    "jaxsparse/ops.py": NUMERIC | {"jaxsparse.formats", "jaxsparse._backends", "jaxsparse._xla", "jaxsparse.products"},
     "jaxsparse/_flax.py": NUMERIC | FORMATS | {"flax", "jaxsparse._arguments"},
     "jaxsparse/linen.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},
     "jaxsparse/nnx.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},
@@ -124,7 +122,7 @@ TABLE = {
     "jaxsparse/training/pruning.py": NUMERIC | {"jaxsparse._norms", "jaxsparse._sizes", "optax"} | TRAINING,
     "jaxsparse/training/dynamic.py": NUMERIC | FORMATS | TRAINING,
     "jaxsparse/training/roles.py": {"jax"} | FORMATS,
-    "jaxsparse/convert.py": {"numpy", "jaxtyping", "jaxsparse._norms", "jaxsparse.formats", "jaxsparse.formats.n_m"},
+    "jaxsparse/convert.py": {"numpy", "jaxtyping", "jaxsparse._norms", "jaxsparse.formats"},
     "jaxsparse/checkpoint/__init__.py": NUMERIC | {"jaxsparse.formats"} | CHECKPOINT,
     "jaxsparse/checkpoint/targets.py": NUMERIC | FORMATS | CHECKPOINT,
     "jaxsparse/checkpoint/trees.py": NUMERIC | FORMATS,
