@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxsparse import BlockPattern, NMPattern, block_diag_matmul, convert
+from jaxsparse._norms import relative_error
 
 RNG = np.random.default_rng(0)
 
@@ -26,6 +27,7 @@ def test_the_relative_error_is_that_of_the_difference(make):
     assert convert.relative_error(w, pattern) == pytest.approx(np.linalg.norm(rest) / np.linalg.norm(w))
     assert convert.relative_error(w.T, pattern.T) == pytest.approx(convert.relative_error(w, pattern))
     assert convert.relative_error(np.zeros((45, 70)), pattern) == 0
+    assert [relative_error(np.zeros(3), np.full(3, x)) for x in (0.0, 2.0)] == [0, 1]
     with pytest.raises(ValueError, match=r"w is \(70, 45\)"):
         convert.relative_error(w.T, pattern)
 
