@@ -2,6 +2,7 @@
 // read a number at a time, as they are stored or across. Nothing of W is packed or transposed.
 #pragma once
 
+#include "choose.h"
 #include "micro.h"
 
 namespace jaxsparse_cpu {
@@ -20,7 +21,7 @@ void add_blocks(const Part<S>& part) {
       if (lines.order && begin + e + 2 < lines.entries) {
         const char* next = reinterpret_cast<const char*>(
             static_cast<const S*>(p.values) + lines.order[begin + e + 2] * size);
-        for (int64_t i = 0; i < least<int64_t>(size * sizeof(S), 512); i += 64)
+        for (int64_t i = 0; i < least<int64_t>(size * sizeof(S), kFetchedOfBlock); i += 64)
           __builtin_prefetch(next + i);
       }
       const int64_t k = begin + e, offset = int64_t{lines.index[k]} * p.depth;

@@ -1,6 +1,7 @@
 // Features cut into slices, each of which stays in a cache while many lines read it.
 #pragma once
 
+#include "choose.h"
 #include "tiles.h"
 
 namespace jaxsparse_cpu {
@@ -54,7 +55,7 @@ void find_starts(const Lines& lines, const Slices& slices, int64_t first, int64_
 template <class T>
 ALWAYS_INLINE void fetch(const T* from, int64_t k, int64_t count) {
   const char* at = reinterpret_cast<const char*>(from + k);
-  for (int64_t i = 0; i < least<int64_t>(count * sizeof(T), 4096); i += 64) __builtin_prefetch(at + i);
+  for (int64_t i = 0; i < least<int64_t>(count * sizeof(T), kFetchedOfLine); i += 64) __builtin_prefetch(at + i);
 }
 
 }  // namespace

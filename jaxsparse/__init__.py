@@ -9,8 +9,7 @@ if TYPE_CHECKING:
     from jaxsparse._picture import plot_pattern
     from jaxsparse.costs.explaining import explain
     from jaxsparse.costs.measuring import measure
-    from jaxsparse.formats import BlockPattern
-    from jaxsparse.formats.n_m import NMPattern
+    from jaxsparse.formats import BlockPattern, NMPattern
     from jaxsparse.linen import BlockDiagDense, BlockSparseDense, SparseDense
     from jaxsparse.models.summary import summary
     from jaxsparse.nnx import BlockDiagLinear, BlockSparseLinear, SparseLinear
@@ -41,8 +40,6 @@ __all__ = [
 
 # Resolved at first use: torch's layers need no JAX, and the products no Flax.
 _HOMES = {
-    "BlockPattern": "jaxsparse.formats",
-    "NMPattern": "jaxsparse.formats.n_m",
     "decay_mask": "jaxsparse.training.roles",
     "devices": "jaxsparse._devices",
     "explain": "jaxsparse.costs.explaining",
@@ -50,6 +47,7 @@ _HOMES = {
     "plot_pattern": "jaxsparse._picture",
     "summary": "jaxsparse.models.summary",
     "why_not": "jaxsparse._backends",
+    **dict.fromkeys(("BlockPattern", "NMPattern"), "jaxsparse.formats"),
     **dict.fromkeys(("block_diag_matmul", "sddmm", "spmm"), "jaxsparse.ops"),
     **dict.fromkeys(("BlockDiagDense", "BlockSparseDense", "SparseDense"), "jaxsparse.linen"),
     **dict.fromkeys(("BlockDiagLinear", "BlockSparseLinear", "SparseLinear"), "jaxsparse.nnx"),

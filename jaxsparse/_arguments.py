@@ -45,10 +45,13 @@ def check_fits(pattern: Any, shape: tuple[int, int], name: str = "pattern", kind
     kinds = kinds or (BlockPattern,)
     if not isinstance(pattern, kinds):
         wanted = " or ".join(kind.__name__ for kind in kinds)
-        raise ValueError(
-            f"the {name} is a {type(pattern).__name__}, not a {wanted}. Of what Orbax restored without a target, "
-            "jaxsparse.checkpoint.restore_patterns(variables) makes patterns again."
+        remedy = (
+            "Its to_pattern(values) gives the same matrix as single entries."
+            if hasattr(pattern, "to_pattern")
+            else "Of what Orbax restored without a target, jaxsparse.checkpoint.restore_patterns(variables) makes "
+            "patterns again."
         )
+        raise ValueError(f"the {name} is a {type(pattern).__name__}, not a {wanted}. {remedy}")
     if pattern.shape != shape:
         remedy = "Transpose it." if pattern.shape == shape[::-1] else f"Make one of shape {shape}."
         raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxsparse._matrices import Matrix
+from jaxsparse._norms import relative_error
 from jaxsparse.formats import BlockPattern
 
 
@@ -100,6 +101,4 @@ def _degrees(counts: np.ndarray) -> Degrees:
 def _change(before: np.ndarray | None, after: np.ndarray | None) -> float | None:
     if before is None or after is None or before.shape != after.shape:
         return None
-    a, b = (values.astype(np.float64) for values in (before, after))
-    norm, moved = np.linalg.norm(a), np.linalg.norm(b - a)
-    return float(moved / norm) if norm else float(moved > 0)
+    return relative_error(before, after)

@@ -14,11 +14,7 @@ import numpy as np
 
 from jaxsparse._arguments import check_fits, check_one, refuse_empty
 from jaxsparse._indices import Index
-from jaxsparse.formats import BlockPattern, states
-from jaxsparse.formats.n_m import NMPattern
-
-Pattern = BlockPattern | NMPattern
-PATTERNS = (BlockPattern, NMPattern)
+from jaxsparse.formats import PATTERNS, BlockPattern, NMPattern, Pattern, states
 
 # ---- initial values ---------------------------------------------------------------------------------
 

@@ -249,13 +249,3 @@ def lines_of(ptr: np.ndarray, lines: int, index: np.ndarray, values: Sized, what
             "of every entry."
         )
     return np.repeat(np.arange(lines, dtype=np.int32), counts)
-
-
-def highest(score: np.ndarray, count: int) -> np.ndarray:
-    """A mask of the `count` highest scores; of equal ones the earlier. Linear time, unlike a sort."""
-    if count == 0:
-        return np.zeros(score.shape, bool)
-    least = np.partition(score, score.size - count)[score.size - count]
-    keep = score > least
-    keep[np.flatnonzero(score == least)[: count - keep.sum()]] = True
-    return keep

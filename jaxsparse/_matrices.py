@@ -196,7 +196,7 @@ def _sparse(path: _Path, matrix: SparseMatrix) -> Iterator[tuple[str, Matrix]]:
     pattern, values = matrix
     name = ".".join(path)
     if pattern.row_index.ndim == 1:
-        stored = "sparse" if pattern.block == (1, 1) else "blocks"
+        stored = "sparse" if pattern.is_unstructured else "blocks"
         yield (
             name,
             Matrix(stored, pattern.shape, pattern, None if values is None else np.asarray(values), pattern.density),

@@ -114,7 +114,7 @@ def plot_pattern(
 
 def caption(pattern: BlockPattern) -> str:
     """Shape, block and density."""
-    blocks = "" if pattern.block == (1, 1) else ", blocks of {}x{}".format(*pattern.block)
+    blocks = "" if pattern.is_unstructured else ", blocks of {}x{}".format(*pattern.block)
     return "{}x{}{}, {:.3g} % stored".format(*pattern.shape, blocks, 100 * pattern.density)
 
 

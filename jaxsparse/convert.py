@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxsparse.formats import BlockPattern
+from jaxsparse import _norms
+from jaxsparse.formats import Pattern
 
 
-def relative_error(w: Float[Array, "in out"], pattern: BlockPattern) -> float:
+def relative_error(w: Float[Array, "in out"], pattern: Pattern) -> float:
     """||w - what the pattern keeps of w|| / ||w||, in the Frobenius norm; 0 for a matrix of zeros."""
-    squares = np.square(np.asarray(w, np.float64))
-    if squares.shape != pattern.shape:
-        raise ValueError(f"w is {squares.shape}, but the pattern is of a {pattern.shape} matrix.")
-    return _ratio(squares.sum(where=~np.asarray(pattern.to_mask())), squares.sum())
+    dense = np.asarray(w, np.float64)
+    if dense.shape != pattern.shape:
+        raise ValueError(f"w is {dense.shape}, but the pattern is of a {pattern.shape} matrix.")
+    return _norms.relative_error(dense, np.where(pattern.to_mask(), dense, 0))
 
 
 class BlockDiagonal(NamedTuple):
@@ -67,10 +68,9 @@ def block_diagonalize(w: Any, num_blocks: int, *, permute: bool = True, rounds: 
         groups = _sums(energy.T, rows, num_blocks).T
     rows, cols = best
     blocks = w[rows][:, cols].reshape(num_blocks, w.shape[0] // num_blocks, num_blocks, -1)
-    at = np.arange(num_blocks)
-    cut = np.square(blocks.astype(np.float64))
-    cut[at, :, at] = 0
-    return BlockDiagonal(blocks[at, :, at], rows, cols, _ratio(cut.sum(), energy.sum()))
+    at, diagonal = np.arange(num_blocks), np.zeros_like(blocks)
+    diagonal[at, :, at] = blocks[at, :, at]
+    return BlockDiagonal(blocks[at, :, at], rows, cols, _norms.relative_error(blocks, diagonal))
 
 
 def _unlike_rows(energy: np.ndarray, count: int) -> np.ndarray:
@@ -106,7 +106,3 @@ def _deal(gains: np.ndarray) -> np.ndarray:
 def _kept(energy: np.ndarray, rows: np.ndarray, cols: np.ndarray, num_blocks: int) -> float:
     pairs = zip(np.split(rows, num_blocks), np.split(cols, num_blocks), strict=True)
     return float(sum(energy[np.ix_(r, c)].sum() for r, c in pairs))
-
-
-def _ratio(cut: float, total: float) -> float:
-    return float(np.sqrt(cut / total)) if total else 0.0

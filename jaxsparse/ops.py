@@ -10,8 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxsparse import _backends, products
 from jaxsparse._xla import ACTIVATIONS
-from jaxsparse.formats import BlockPattern
-from jaxsparse.formats.n_m import NMPattern
+from jaxsparse.formats import BlockPattern, NMPattern
 from jaxsparse.products import n_m
 
 Activation = str | Callable[[jax.Array], jax.Array] | None
@@ -153,9 +152,8 @@ def _check_arrays(op: str, **operands) -> None:
 
 def _check_pattern(pattern) -> None:
     if type(pattern) not in _PRODUCTS:
-        raise ValueError(
-            f"pattern is a {type(pattern).__name__}, not a BlockPattern or NMPattern; from_mask makes one of a mask."
-        )
+        known = " or ".join(kind.__name__ for kind in _PRODUCTS)
+        raise ValueError(f"pattern is a {type(pattern).__name__}, not a {known}; from_mask makes one of a mask.")
     if pattern.stacked:
         raise ValueError(
             f"the pattern's arrays carry {pattern.stacked} leading axes, as scan and vmap stack them: "

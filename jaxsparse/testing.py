@@ -154,6 +154,27 @@ def assert_as_close_as_dense(got, truth, dense, what: str = "result") -> None:
         assert value.dtype == dense.dtype, f"{name} is {value.dtype}, the dense product's is {dense.dtype}"
         assert value.shape == truth.shape, f"{name} has shape {value.shape}, the truth has {truth.shape}"
         errors.append(_error(value, truth))
-    floor = 4 * float(jnp.finfo(dense.dtype).eps) * np.abs(truth).max(initial=0)
-    allowed = max(2 * errors[1], floor)
+    allowed = _allowed(dense, truth)
     assert errors[0] <= allowed, f"{what} is off by {errors[0]:.3g}, allowed {allowed:.3g} (dense: {errors[1]:.3g})"
+
+
+def assert_rounded_once(got, truth, sums, what: str = "result") -> None:
+    """Asserts that `got` are sums in a wider dtype, rounded once: stricter than the above where `got` is of 16 bits.
+
+    Every number may be off by an ulp of its own true value, beyond what `assert_as_close_as_dense` allows the sums.
+
+    Args:
+      sums: the dense product in the dtype that is summed in, not rounded.
+    """
+    truth = np.asarray(truth, np.float64)
+    assert got.shape == truth.shape, f"{what} has shape {got.shape}, the truth has {truth.shape}"
+    allowed = float(jnp.finfo(got.dtype).eps) * np.abs(truth) + _allowed(sums, truth)
+    off = np.abs(np.asarray(got, np.float64) - truth)
+    assert (off <= allowed).all(), (
+        f"{what} is off by {off.max():.3g}: {(~(off <= allowed)).sum()} numbers by more than a rounding of their own"
+    )
+
+
+def _allowed(dense, truth: np.ndarray) -> float:
+    """Twice the error of the dense product, and at least 4 ulp of the largest true value."""
+    return max(2 * _error(dense, truth), 4 * float(jnp.finfo(dense.dtype).eps) * np.abs(truth).max(initial=0))

@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from jaxsparse import BlockPattern  # noqa: E402
+from jaxsparse import BlockPattern, NMPattern  # noqa: E402
 from torch_bridge import BlockSparseLinear, SparseLinear  # noqa: E402
 
 pytestmark = [
@@ -197,6 +197,31 @@ def test_metadata_that_name_no_two_places_are_refused(spoil):
     packed.meta = spoil(packed.meta)
     with pytest.raises(ValueError, match="do not name 2 ascending places of every 4"):
         SparseLinear.from_sparse(packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_two_of_four_weight_reaches_n_m_pattern_and_comes_back_exactly(dtype):
+    w = two_of_four(dtype)
+    w[3, :8] = 0  # a group with fewer entries than it has places for
+    n, m = (1, 2) if dtype == torch.float32 else (2, 4)
+    pattern = NMPattern.from_dense(w.T.numpy(), n=n, m=m)
+    values = pattern.gather(jax.numpy.asarray(w.T.numpy()))
+    assert values.size == w.numel() // 2
+    assert torch.equal(torch.from_numpy(np.array(pattern.to_dense(values))).T, w)
+    layer = SparseLinear.from_sparse(SparseLinear.from_sparse(w.to_sparse_csr()).to_semi_structured())
+    assert layer.weight.dtype == dtype
+    same, moved = NMPattern.from_pattern(layer.pattern, layer.weight.detach().numpy(), n=n, m=m)
+    np.testing.assert_array_equal(same.to_dense(moved), w.T)
+    entries, stored = same.to_pattern(moved)
+    back = SparseLinear(128, 64, pattern=entries, bias=False, dtype=dtype)
+    with torch.no_grad():
+        back.weight.copy_(torch.from_numpy(np.array(stored)))
+    assert torch.equal(back.to_semi_structured().packed, layer.to_semi_structured().packed)
+
+
+def test_a_layer_says_what_to_do_with_an_n_m_pattern():
+    with pytest.raises(ValueError, match=r"a NMPattern, not a BlockPattern. Its to_pattern\(values\)"):
+        SparseLinear(8, 12, pattern=NMPattern.random(jax.random.key(0), (8, 12), n=2, m=4))
 
 
 def test_a_weight_that_is_not_two_of_four_is_not_packed():

@@ -316,7 +316,7 @@ def test_models_from_the_meta_device_load_by_every_way(tmp_path):
 
 
 def test_accelerate_loads_shards_and_empty_models(tmp_path):
-    accelerate = pytest.importorskip("accelerate")
+    accelerate = pytest.importorskip("accelerate", reason="loads by accelerate")
     source = make(0)
     accelerate.Accelerator(cpu=True).save_model(source, str(tmp_path), max_shard_size="2KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
@@ -331,7 +331,7 @@ def test_accelerate_loads_shards_and_empty_models(tmp_path):
 
 
 def test_transformers_loads_a_model_and_one_without_patterns_is_refused(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="loads a model of transformers")
 
     class Model(transformers.PreTrainedModel):
         config_class = transformers.PretrainedConfig

@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 
 pytest.importorskip("torch", reason="torch_bridge needs torch")
-pytest.importorskip("safetensors")
+pytest.importorskip("safetensors", reason="saves to safetensors")
 
 import jax
 import jax.numpy as jnp
@@ -181,8 +181,8 @@ class Regression(torch.nn.Module):
 
 
 def test_transformers_trainer_trains_and_resumes(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers", reason="trains by the Trainer of transformers")
+    pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
     torch.manual_seed(0)
     data = [{"x": torch.randn(7), "labels": torch.ones(2)} for _ in range(32)]
 

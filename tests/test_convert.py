@@ -5,18 +5,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsparse import BlockPattern, block_diag_matmul, convert
+from jaxsparse import BlockPattern, NMPattern, block_diag_matmul, convert
+from jaxsparse._norms import relative_error
 
 RNG = np.random.default_rng(0)
 
 
-def test_the_relative_error_is_that_of_the_difference():
+def of_blocks(w):
+    return BlockPattern.from_dense(w, density=0.3, block=(7, 5))
+
+
+def of_groups(w):
+    return NMPattern.from_dense(w, n=2, m=4)
+
+
+@pytest.mark.parametrize("make", [of_blocks, of_groups])
+def test_the_relative_error_is_that_of_the_difference(make):
     w = RNG.normal(size=(45, 70)).astype(np.float32)
-    pattern = BlockPattern.from_dense(w, density=0.3, block=(7, 5))
+    pattern = make(w)
     rest = w - np.asarray(pattern.to_dense(pattern.gather(jnp.asarray(w))))
     assert convert.relative_error(w, pattern) == pytest.approx(np.linalg.norm(rest) / np.linalg.norm(w))
     assert convert.relative_error(w.T, pattern.T) == pytest.approx(convert.relative_error(w, pattern))
     assert convert.relative_error(np.zeros((45, 70)), pattern) == 0
+    assert [relative_error(np.zeros(3), np.full(3, x)) for x in (0.0, 2.0)] == [0, 1]
     with pytest.raises(ValueError, match=r"w is \(70, 45\)"):
         convert.relative_error(w.T, pattern)
 

@@ -1,5 +1,6 @@
 """The C++ kernels against the dense product in float64, on every instruction set there is."""
 
+import functools
 import types
 
 import jax
@@ -10,9 +11,10 @@ from sweeps import mostly_slow
 
 import cpu_kernels as ck
 from cpu_kernels import _library
+from jaxsparse import testing
 
 ISAS = ("portable", "avx2", "avx512")
-EPSILON = {"float32": 2**-23, "float64": 2**-52, "bfloat16": 2**-7, "float16": 2**-10}
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 @pytest.fixture(params=ISAS)
@@ -64,17 +66,18 @@ def pattern_of(mask):
 
 
 class Case:
-    """A random problem and its dense truth in float64."""
+    """A random problem and its dense truth in float64. Of whole numbers every sum is exact, in any order."""
 
-    def __init__(self, m, shape, block, density, dtype, seed=0):
-        rng = np.random.default_rng(seed)
+    def __init__(self, m, shape, block, density, dtype, whole=False):
+        rng = np.random.default_rng(0)
         (i, o), (size_in, size_out) = block, shape
         grid = -(-size_in // i), -(-size_out // o)
-        self.shape, self.block, self.dtype = shape, block, jnp.dtype(dtype)
+        self.shape, self.block, self.dtype, self.whole = shape, block, jnp.dtype(dtype), whole
         self.index = pattern_of(rng.random(grid) < density)
         nnzb = len(self.index.rows)
         values = (nnzb,) if block == (1, 1) else (nnzb, i, o)
-        draw = lambda *s: jnp.asarray(rng.standard_normal(s), self.dtype)  # noqa: E731
+        numbers = functools.partial(rng.integers, -2, 3) if whole else rng.standard_normal
+        draw = lambda *s: jnp.asarray(numbers(size=s), self.dtype)  # noqa: E731
         self.x, self.dy, self.blocks = draw(m, size_in), draw(m, size_out), draw(*values)
         self.bias = draw(size_out)
         padded = np.zeros((grid[0], i, grid[1], o))
@@ -92,18 +95,46 @@ class Case:
         pieces = padded.reshape(-(-rows // i), i, -(-cols // o), o)[self.index.rows, :, self.index.cols]
         return pieces.reshape(self.blocks.shape)
 
+    @functools.cached_property
+    def wanted(self):
+        """What `both` gives of every product."""
+        found = functools.partial(both, self.dtype, in_turn=np.matmul if self.whole else in_turn)
+        dw = found(lambda times, x, dy: self.sample(times(x.T, dy)), self.x, self.dy)
+        y, dx = (found(product, *a) for a in ((self.x, self.dense), (self.dy, self.dense.T)))
+        return {"y": y, "dx": dx, "dW": dw, "fused dx": dx, "fused dW": dw}
+
 
 def wide(x):
     return np.asarray(x, np.float64)
 
 
-def assert_close(got, truth, terms, dtype, what=""):
-    """Within one rounding of the result and the usual growth of `terms` float32 sums."""
-    epsilon = EPSILON[jnp.dtype(dtype).name]
-    sums = EPSILON["float32"] if epsilon > 2**-30 else epsilon
-    scale = np.max(np.abs(truth), initial=0) + 1
-    atol = 4 * sums * scale * max(terms, 1) ** 0.5
-    np.testing.assert_allclose(wide(got), truth, rtol=epsilon, atol=atol, err_msg=what)
+def product(times, x, w):
+    return times(x, w)
+
+
+def transposed(x):
+    return np.swapaxes(x, -1, -2)
+
+
+def in_turn(x, w):
+    """x w, of which every term is added to the sum of all before it."""
+    y = np.zeros((*x.shape[:-1], w.shape[-1]), x.dtype)
+    for k in range(x.shape[-1]):
+        y += x[..., k, None] * w[..., None, k, :]
+    return y
+
+
+def both(dtype, product, *operands, in_turn=in_turn):
+    """The dense product in float64, and as it is summed in turn in the dtype that kernels sum in."""
+    sums = jnp.promote_types(dtype, "float32")
+    return product(np.matmul, *map(wide, operands)), product(in_turn, *(np.asarray(a, sums) for a in operands))
+
+
+def assert_close(got, wanted, what="result"):
+    """To the truth, as the dense product is, of `both`; what has 16 bits is rounded once."""
+    truth, sums = wanted
+    same = testing.assert_as_close_as_dense if got.dtype == sums.dtype else testing.assert_rounded_once
+    same(got, truth, sums, what)
 
 
 SHAPES = [(37, 53), (64, 64), (130, 70), (5, 3)]
@@ -124,7 +155,7 @@ def products(case, x, dy, blocks, index):
     return found
 
 
-@pytest.mark.parametrize("dtype", list(EPSILON))
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.parametrize("shape", mostly_slow(SHAPES), ids=str)
 def test_products_and_gradients_match_the_dense_product(shape, block, dtype):
@@ -133,52 +164,51 @@ def test_products_and_gradients_match_the_dense_product(shape, block, dtype):
     program = jax.jit(lambda all: [products(case, *each) for case, each in zip(cases, all, strict=True)])
     for isa in each_isa_here():
         for m, case, got in zip(BATCHES, cases, program(operands), strict=True):
-            x, dy, dense = wide(case.x), wide(case.dy), case.dense
-            dw = case.sample(x.T @ dy)
-            truth = {"y": (x @ dense, shape[0]), "dx": (dy @ dense.T, shape[1]), "dW": (dw, m)}
             for name, value in got.items():
                 assert value.dtype == case.dtype
-                assert_close(value, *truth[name.removeprefix("fused ")], dtype, f"{name}, {isa}, batch {m}")
+                assert_close(value, case.wanted[name], f"{name}, {isa}, batch {m}")
 
 
-@pytest.mark.parametrize("dtype", list(EPSILON))
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
 @pytest.mark.parametrize("block", [(1, 1), (16, 16), (5, 7)], ids=str)
 def test_bias_and_activation_come_before_the_rounding(isa, block, activation, dtype):
     case = Case(19, (40, 50), block, 0.5, dtype)
     y = ck.spmm(case.x, case.blocks, case.index, **case.sizes, bias=case.bias, activation=activation)
-    linear = wide(case.x) @ case.dense + wide(case.bias)
-    assert_close(y, wide(getattr(jax.nn, activation)(linear)), 40, dtype)
+
+    def whole(times, x, w, bias):
+        return np.asarray(getattr(jax.nn, activation)(times(x, w) + bias))
+
+    assert_close(y, both(dtype, whole, case.x, case.dense, case.bias))
 
 
-@pytest.mark.parametrize("dtype", list(EPSILON))
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [(1, 64, 64), (4, 16, 24), (3, 5, 7), (2, 130, 33)], ids=str)
-def test_block_diagonal_products_match_an_einsum(sizes, dtype):
+def test_block_diagonal_products_match_those_of_every_block(sizes, dtype):
     n, i, o = sizes
     rng = np.random.default_rng(1)
-    blocks = jnp.asarray(rng.standard_normal(sizes), dtype)
+    w = jnp.asarray(rng.standard_normal(sizes), dtype)
     operands = [
         (jnp.asarray(rng.standard_normal((m, n * i)), dtype), jnp.asarray(rng.standard_normal((m, n * o)), dtype))
         for m in BATCHES
     ]
 
     @jax.jit
-    def program(operands, blocks):
+    def program(operands, w):
         return [
             (
-                ck.block_diag_matmul(x, blocks),
-                ck.block_diag_matmul(dy, blocks, transposed=True),
+                ck.block_diag_matmul(x, w),
+                ck.block_diag_matmul(dy, w, transposed=True),
                 ck.block_diag_outer(x, dy, n),
             )
             for x, dy in operands
         ]
 
     for isa in each_isa_here():
-        for m, (x, dy), (y, dx, dw) in zip(BATCHES, operands, program(operands, blocks), strict=True):
-            what, x3, dy3 = f"{isa}, batch {m}", wide(x).reshape(m, n, i), wide(dy).reshape(m, n, o)
-            assert_close(y, np.einsum("bni,nio->bno", x3, wide(blocks)).reshape(m, n * o), i, dtype, what)
-            assert_close(dx, np.einsum("bno,nio->bni", dy3, wide(blocks)).reshape(m, n * i), o, dtype, what)
-            assert_close(dw, np.einsum("bni,bno->nio", x3, dy3), m, dtype, what)
+        for m, (x, dy), (y, dx, dw) in zip(BATCHES, operands, program(operands, w), strict=True):
+            x, y, dx, dy = (np.reshape(a, (m, n, a.shape[1] // n)).swapaxes(0, 1) for a in (x, y, dx, dy))
+            for name, value, *ab in (("y", y, x, w), ("dx", dx, dy, transposed(w)), ("dW", dw, transposed(x), dy)):
+                assert_close(value, both(dtype, product, *ab), f"{name}, {isa}, batch {m}")
 
 
 @pytest.mark.parametrize("density", [0.0, 0.02, 1.0])
@@ -186,28 +216,23 @@ def test_block_diagonal_products_match_an_einsum(sizes, dtype):
 def test_empty_lines_are_zero_and_full_ones_dense(isa, block, density):
     case = Case(33, (96, 80), block, density, "float32")
     y = ck.spmm(case.x, case.blocks, case.index, **case.sizes)
-    assert_close(y, wide(case.x) @ case.dense, 96, "float32")
+    assert_close(y, case.wanted["y"])
 
 
-def test_large_problems_are_right_and_bitwise_the_same_again(isa):
-    for block in [(1, 1), (32, 32)]:
-        case = Case(200, (1000, 900), block, 0.2, "float32")
-        y = ck.spmm(case.x, case.blocks, case.index, **case.sizes)
-        assert_close(y, wide(case.x) @ case.dense, 1000, "float32")
-        dw = ck.sddmm(case.x, case.dy, case.index, **case.sizes)
-        assert_close(dw, case.sample(wide(case.x).T @ wide(case.dy)), 200, "float32")
-        again = ck.spmm(case.x, case.blocks, case.index, **case.sizes)
-        assert np.array_equal(np.asarray(y), np.asarray(again))
-
-
-def test_a_batch_of_several_rounds_is_summed_over_all_of_them(isa):
-    case = Case(27_000, (160, 16), (1, 1), 0.4, "float32")
-    x, dy, dense = wide(case.x), wide(case.dy), case.dense
-    y = ck.spmm(case.x, case.blocks, case.index, **case.sizes)
-    assert_close(y, x @ dense, 160, "float32")
-    dx, dw = ck.spmm_grads(case.x, case.dy, case.blocks, case.index, **case.sizes)
-    assert_close(dx, dy @ dense.T, 16, "float32")
-    assert_close(dw, case.sample(x.T @ dy), 27_000, "float32")
+@pytest.mark.parametrize(
+    "m, shape, block",
+    [(200, (1000, 900), (1, 1)), (200, (1000, 900), (32, 32)), (27_000, (160, 16), (1, 1))],
+    ids=["single entries", "blocks", "a batch of several rounds"],
+)
+def test_large_problems_are_right_the_same_bits_again_and_of_whole_numbers_exact(m, shape, block):
+    for whole in (True, False):
+        case = Case(m, shape, block, 0.2, "float32", whole)
+        for isa in each_isa_here():
+            got, again = (products(case, case.x, case.dy, case.blocks, vars(case.index)) for _ in range(2))
+            for name, value in got.items():
+                assert_close(value, case.wanted[name], f"{name}, {isa}")
+                assert np.array_equal(value, again[name])
+                assert not whole or np.array_equal(value, case.wanted[name][0])
 
 
 def with_(index, **changes):
@@ -250,7 +275,7 @@ def test_vmap_maps_one_product_at_a_time():
     case = Case(8, (32, 24), (1, 1), 0.5, "float32")
     xs = jnp.stack([case.x, 2 * case.x])
     ys = jax.vmap(lambda x: ck.spmm(x, case.blocks, case.index, **case.sizes))(xs)
-    assert_close(ys[1], 2 * wide(case.x) @ case.dense, 32, "float32")
+    assert_close(ys[1], both("float32", product, 2 * case.x, case.dense))
 
 
 def test_the_reason_why_not_names_what_is_wrong():
@@ -269,9 +294,14 @@ def test_a_library_newer_than_jaxlib_is_refused_before_it_is_registered():
     assert "1.0" in _library._why_versions_clash((0, 3), (1, 0))
 
 
-def test_the_comparison_can_fail():
-    with pytest.raises(AssertionError):
-        assert_close(np.zeros((4, 4)), np.eye(4), 4, "float32")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_comparison_can_fail(dtype):
+    case = Case(5, (64, 64), (1, 1), 0.5, dtype)
+    y = np.asarray(case.wanted["y"][0], case.dtype)
+    assert_close(y, case.wanted["y"])
+    for factor in (0, 1 + 8 * float(jnp.finfo(dtype).eps), np.nan):
+        with pytest.raises(AssertionError, match="off by"):
+            assert_close(np.asarray(wide(y) * factor, case.dtype), case.wanted["y"])
 
 
 def test_an_instruction_set_that_is_misspelt_is_refused_by_name(monkeypatch):

@@ -11,7 +11,7 @@ import scipy.io
 import scipy.sparse
 from safetensors.numpy import save_file
 
-from jaxsparse import BlockPattern, files
+from jaxsparse import BlockPattern, NMPattern, files
 
 
 def matrix(shape=(13, 21), dtype=np.float32):
@@ -125,7 +125,11 @@ def test_two_of_four_by_bitmask_has_its_values_as_a_matrix():
     parts = bitmask(w, offsets=False)
     parts["layer.weight.compressed"] = parts["layer.weight.compressed"].reshape(6, 4)
     parts["layer.weight.shape"] = parts["layer.weight.shape"][:, None]
-    same(files.gather(parts)["layer.weight"], w.T)
+    found = files.gather(parts)["layer.weight"]
+    same(found, w.T)
+    pattern, values = NMPattern.from_pattern(found.pattern, found.values, n=2, m=4)
+    np.testing.assert_array_equal(values[..., 0], [[1.5, 2.5], [3.5, 4.5]])
+    np.testing.assert_array_equal(pattern.to_dense(values), w.T)
 
 
 def test_blocks_of_pytorch_block_sparse_become_blocks_in_by_out():

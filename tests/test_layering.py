@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NUMERIC = {"jax", "numpy", "jaxtyping"}
-BASE = {"jaxsparse._groups", "jaxsparse._indices", "jaxsparse._sizes"}
-FORMATS = BASE | {"jaxsparse.formats", "jaxsparse.formats.interop", "jaxsparse.formats.n_m"}
+BASE = {"jaxsparse._groups", "jaxsparse._indices", "jaxsparse._norms", "jaxsparse._sizes"}
+FORMATS = BASE | {"jaxsparse.formats", "jaxsparse.formats.interop"}
 FILES = {"jaxsparse.files._limits", "jaxsparse.files.layouts", "jaxsparse.files.weights"}
 # What torch.save wrote, torch alone can read; and the top of the house says what torch does where it is installed.
 TORCH_COMPETES = "jaxsparse/bench/in_torch.py"  # imported where torch is installed
@@ -25,7 +25,7 @@ OPS = FORMATS | {"jaxsparse.ops"}
 PRODUCTS = {"jaxsparse._backends", *(f"jaxsparse.products.{name}" for name in ("_epilogue", "_rules", "_shards"))}
 TRAINING = {"jaxsparse.training", *(f"jaxsparse.training.{name}" for name in ("_carry", "_places", "_replicas"))}
 CHECKPOINT = {"jaxsparse.checkpoint", "jaxsparse.checkpoint.trees"}
-LAYERS = {"flax", "jaxsparse.formats", "jaxsparse.formats.n_m", "jaxsparse.linen", "jaxsparse.nnx"}
+LAYERS = {"flax", "jaxsparse.formats", "jaxsparse.linen", "jaxsparse.nnx"}
 MODELS = {
     "jaxsparse.models",
     *(f"jaxsparse.models.{name}" for name in ("_densify", "_layers", "report", "rules", "summary")),
@@ -45,7 +45,6 @@ TABLE = {
         "jaxsparse._picture",
         "jaxsparse.models.summary",
         "jaxsparse.formats",
-        "jaxsparse.formats.n_m",
         "jaxsparse.ops",
         "jaxsparse.linen",
         "jaxsparse.nnx",
@@ -55,9 +54,10 @@ TABLE = {
     },
     "jaxsparse/_sizes.py": set(),
     "jaxsparse/_arguments.py": {"jaxsparse.formats"},
+    "jaxsparse/_norms.py": {"jax", "numpy"},
     "jaxsparse/_groups.py": NUMERIC,
     "jaxsparse/_indices.py": NUMERIC | {"jaxsparse._sizes", "scipy"},
-    "jaxsparse/formats/__init__.py": {"jaxsparse.formats.block"},
+    "jaxsparse/formats/__init__.py": {"jaxsparse.formats.block", "jaxsparse.formats.n_m"},
     "jaxsparse/formats/block.py": NUMERIC
     | BASE
     | FORMATS
@@ -85,8 +85,7 @@ TABLE = {
     "jaxsparse/products/block_diag.py": NUMERIC | PRODUCTS,
     "jaxsparse/products/n_m.py": NUMERIC | PRODUCTS,
     "jaxsparse/exporting.py": {"jax", "cpu_kernels"},
-    "jaxsparse/ops.py": NUMERIC
-    | {"jaxsparse.formats", "jaxsparse.formats.n_m", "jaxsparse._backends", "jaxsparse._xla", "jaxsparse.products"},
+    "jaxsparse/ops.py": NUMERIC | {"jaxsparse.formats", "jaxsparse._backends", "jaxsparse._xla", "jaxsparse.products"},
     "jaxsparse/_flax.py": NUMERIC | FORMATS | {"flax", "jaxsparse._arguments"},
     "jaxsparse/linen.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},
     "jaxsparse/nnx.py": NUMERIC | OPS | {"flax", "jaxsparse._arguments", "jaxsparse._flax"},
@@ -109,8 +108,8 @@ TABLE = {
     "jaxsparse/models/_races.py": {"jax", "flax", "jaxsparse.costs.racing"} | MODELS,
     "jaxsparse/models/_densify.py": NUMERIC | LAYERS | MODELS | {"jaxsparse._xla"},
     "jaxsparse/models/_layers.py": NUMERIC | LAYERS | MODELS,
-    "jaxsparse/models/in_nnx.py": NUMERIC | LAYERS | MODELS | {"jaxsparse.costs.racing"},
-    "jaxsparse/models/in_linen.py": NUMERIC | LAYERS | MODELS | {"jaxsparse.costs.racing"},
+    "jaxsparse/models/in_nnx.py": NUMERIC | LAYERS | MODELS | {"jaxsparse._norms", "jaxsparse.costs.racing"},
+    "jaxsparse/models/in_linen.py": NUMERIC | LAYERS | MODELS | {"jaxsparse._norms", "jaxsparse.costs.racing"},
     "jaxsparse/models/summary.py": {"rich", "jaxsparse._text", "torch_bridge.summary"} | MODELS,
     "jaxsparse/models/_summary_flax.py": {"jax"} | LAYERS | MODELS,
     "jaxsparse/pruning.py": {"jaxsparse.training.pruning"},
@@ -120,10 +119,10 @@ TABLE = {
     "jaxsparse/training/_places.py": NUMERIC | FORMATS | TRAINING,
     "jaxsparse/training/_replicas.py": {"jax"},
     "jaxsparse/training/_carry.py": NUMERIC | TRAINING,
-    "jaxsparse/training/pruning.py": NUMERIC | {"jaxsparse._sizes", "optax"} | TRAINING,
+    "jaxsparse/training/pruning.py": NUMERIC | {"jaxsparse._norms", "jaxsparse._sizes", "optax"} | TRAINING,
     "jaxsparse/training/dynamic.py": NUMERIC | FORMATS | TRAINING,
     "jaxsparse/training/roles.py": {"jax"} | FORMATS,
-    "jaxsparse/convert.py": {"numpy", "jaxtyping", "jaxsparse.formats"},
+    "jaxsparse/convert.py": {"numpy", "jaxtyping", "jaxsparse._norms", "jaxsparse.formats"},
     "jaxsparse/checkpoint/__init__.py": NUMERIC | {"jaxsparse.formats"} | CHECKPOINT,
     "jaxsparse/checkpoint/targets.py": NUMERIC | FORMATS | CHECKPOINT,
     "jaxsparse/checkpoint/trees.py": NUMERIC | FORMATS,
@@ -140,7 +139,7 @@ TABLE = {
     "jaxsparse/_devices_table.py": {"rich", "jaxsparse._devices"},
     "jaxsparse/_picture.py": {"jax", "numpy", "matplotlib", "jaxsparse.formats"},
     "jaxsparse/_matrices.py": {"jax", "numpy", "orbax", "etils", "jaxsparse.checkpoint", "jaxsparse.files"} | FORMATS,
-    "jaxsparse/_findings.py": {"numpy", "jaxsparse._matrices", "jaxsparse.formats"},
+    "jaxsparse/_findings.py": {"numpy", "jaxsparse._matrices", "jaxsparse._norms", "jaxsparse.formats"},
     "jaxsparse/__main__.py": {"jaxsparse.cli"},
     "jaxsparse/cli/__init__.py": {"typer"},
     "jaxsparse/cli/_output.py": {"rich", "matplotlib"},
@@ -252,7 +251,7 @@ SPARSE = {  # only the layers, and what makes or places them, know jaxsparse
     "_dense.py": {"jaxsparse._sizes", "jaxsparse.formats"},
     "checkpoint.py": CHECKPOINT,
     "_in_jax.py": {"jaxsparse._indices", "jaxsparse.formats", "jaxsparse.ops"},
-    "_stored.py": {"jaxsparse._arguments", "jaxsparse._sizes", "jaxsparse.formats"},
+    "_stored.py": {"jaxsparse._arguments", "jaxsparse._norms", "jaxsparse._sizes", "jaxsparse.formats"},
     "dynamic.py": {"jaxsparse.dynamic"},
     "nn.py": {"jaxsparse._arguments", "jaxsparse.formats"},
     "costs.py": {"jaxsparse.costs.layers"},

@@ -65,6 +65,8 @@ def test_a_model_without_dense_layers_says_so():
         ([("head", 0.5)], "options of type float"),
         ([("head", {"density": 0.5})], "kind=None, but there is 'block_diag', 'block_sparse', 'sparse'"),
         ([("head", {"kind": "block-sparse"})], "Did you mean 'block_sparse'"),
+        ([("head", {"kind": "2:4"})], "No rule makes n of every m: give a Flax layer an NMPattern"),
+        ([("head", {"kind": "N:M", "n": 2, "m": 4})], r"n_of_m=\(2, 4\)"),
         ([("head", {"kind": "sparse", "density": 0.5, "block": 8})], "sparse takes density and keep, and no 'block'"),
         ([("head", {"kind": "block_sparse", "densty": 0.5})], "no 'densty'. Did you mean 'density'"),
         ([("head", {"kind": "block_sparse", "block": 8})], "block_sparse needs 'density' or 'keep'"),

@@ -65,6 +65,18 @@ def test_another_shape_or_dtype_is_rejected():
         testing.assert_as_close_as_dense(y.astype(jnp.bfloat16), np.ones((3, 4)), y)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_a_second_rounding_is_seen(dtype):
+    x, w = testing.normal(0, (30, 40), np.float64), testing.normal(1, (40, 50), np.float64)
+    truth, sums = x @ w, (x.astype(np.float32) @ w.astype(np.float32)).astype(np.float32)
+    testing.assert_rounded_once(jnp.asarray(sums, dtype), truth, sums)
+    halves = jnp.asarray(x[:, :20] @ w[:20], dtype) + jnp.asarray(x[:, 20:] @ w[20:], dtype)
+    testing.assert_as_close_as_dense(halves, truth, jnp.asarray(sums, dtype))
+    for wrong, words in ((halves, "off by"), (halves * jnp.nan, "off by nan"), (halves[:2], "shape")):
+        with pytest.raises(AssertionError, match=words):
+            testing.assert_rounded_once(wrong, truth, sums)
+
+
 def test_case_names_are_unique():
     names = [case.name for case in testing.CASES]
     assert len(set(names)) == len(names)

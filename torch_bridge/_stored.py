@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from jaxsparse._arguments import check_fits, check_one, refuse_empty
+from jaxsparse._norms import highest, in_blocks, squares_of_blocks
 from jaxsparse._sizes import check_sizes, count_stored, grid_of, is_unstructured, swapped, values_shape
 from torch_bridge import _dense, _draw
 
@@ -64,10 +65,10 @@ def chosen(w: Tensor, density, block, pattern, mask) -> Stored:
         return asked_for(shape, None, block, pattern, mask)
     shape, block = check_sizes(shape, block)
     refuse_empty(density, shape)
-    score = np.square(_cut(_dense.to_numpy(w), block)).sum((1, 3))
+    score = squares_of_blocks(_dense.to_numpy(w), block)
     if np.isnan(score).any():
         raise ValueError(f"the weight has NaN in {np.isnan(score).sum()} blocks: which ones to keep is undefined.")
-    keep = _highest(score.ravel(), count_stored(density, shape, block))
+    keep = highest(score.ravel(), count_stored(density, shape, block))
     return _of_marks(keep.reshape(score.shape), shape, block)
 
 
@@ -81,27 +82,13 @@ def of_mask(mask: Any, shape: tuple[int, int], block) -> Stored:
         )
     shape, block = check_sizes(shape, block)
     marked = np.asarray(mask).T != 0
-    return _of_marks(marked if is_unstructured(block) else np.any(_cut(marked, block), axis=(1, 3)), shape, block)
+    return _of_marks(marked if is_unstructured(block) else in_blocks(marked, block).any(axis=(1, 3)), shape, block)
 
 
 def _of_marks(marked: np.ndarray, shape: tuple[int, int], block: tuple[int, int]) -> Stored:
     """The blocks that are marked on the grid."""
     cols, rows = np.divmod(np.flatnonzero(marked.T), len(marked))  # half the time of np.nonzero
     return Stored(_draw.index_of(rows, cols, grid_of(shape, block)), shape, block)
-
-
-def _cut(w: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    """A matrix, zero-padded to whole blocks, as [grid_in, i, grid_out, o]."""
-    (i, o), (rows, cols) = block, grid_of((w.shape[0], w.shape[1]), block)
-    return np.pad(w, ((0, rows * i - w.shape[0]), (0, cols * o - w.shape[1]))).reshape(rows, i, cols, o)
-
-
-def _highest(score: np.ndarray, count: int) -> np.ndarray:
-    """Marks the `count` highest; of equal ones the earlier, row by row. Linear time, unlike a sort."""
-    least = np.partition(score, score.size - count)[score.size - count]
-    keep = score > least
-    keep[np.flatnonzero(score == least)[: count - keep.sum()]] = True
-    return keep
 
 
 def _drawn(shape: tuple[int, int], density: float, block) -> Stored:

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse._indices import Index
-from jaxsparse.checkpoint.trees import PATTERNS, Path, is_variable, opened, shown, type_name
-from jaxsparse.formats import BlockPattern
-from jaxsparse.formats.n_m import NMPattern
+from jaxsparse.checkpoint.trees import Path, is_variable, opened, shown, type_name
+from jaxsparse.formats import PATTERNS, BlockPattern, NMPattern
 
 
 def fill(target: Any, tree: Any, place: Callable[[Any, Any], Any], path: Path = ()) -> Any:

@@ -14,12 +14,10 @@ import numpy as np
 
 from jaxsparse import _indices
 from jaxsparse._sizes import check_sizes, grid_of
-from jaxsparse.formats import BlockPattern
-from jaxsparse.formats.n_m import NMPattern
+from jaxsparse.formats import PATTERNS, BlockPattern, NMPattern
 
 Path = tuple[Any, ...]  # the keys that lead to a node, of the types that they have in its container
 Arrays = dict[str, np.ndarray]
-PATTERNS = (BlockPattern, NMPattern)
 
 DTYPES = {
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "BOOL": np.bool_},

@@ -54,7 +54,7 @@ def _draw_line(line: Any, name: str, pattern: BlockPattern, other: BlockPattern 
         plot_pattern(pattern, line[0], title=title)
     found = degrees(pattern)
     then = degrees(other) if other is not None and comparable else {}
-    what = "entries" if pattern.block == (1, 1) else "blocks"
+    what = "entries" if pattern.is_unstructured else "blocks"
     lines = {"outputs": f"stored {what} of an output", "inputs": f"stored {what} of an input"}
     for axes, (axis, label) in zip(line[1:], lines.items(), strict=True):
         _draw_degrees(axes, found[axis], then.get(axis))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsparse import _indices
+from jaxsparse import _indices, _norms
 from jaxsparse._indices import Index
 from jaxsparse._sizes import as_pair, check_sizes, count_stored, grid_of, is_unstructured, swapped, values_shape
 
@@ -212,7 +212,7 @@ class BlockPattern:
         if mask.ndim != 2:
             raise ValueError(f"a mask is a matrix (in, out), got {mask.ndim} dimensions of shape {mask.shape}.")
         shape, block = check_sizes(mask.shape, block)
-        cols, rows = np.nonzero(_cut(mask != 0, block).any(axis=(1, 3)).T)
+        cols, rows = np.nonzero(_norms.in_blocks(mask != 0, block).any(axis=(1, 3)).T)
         return cls.from_indices(rows, cols, shape=shape, block=block)
 
     @classmethod
@@ -234,13 +234,13 @@ class BlockPattern:
         shape, block = check_sizes(w.shape, block)
         if score is None:
             wide = w.astype(np.promote_types(np.float32, w.dtype) if w.dtype.kind == "f" else np.float32)
-            score = np.square(_cut(wide, block)).sum(axis=(1, 3))
+            score = _norms.squares_of_blocks(wide, block)
         score, grid = np.asarray(score), grid_of(shape, block)
         if score.shape != grid:
             raise ValueError(f"score has shape {score.shape}, but {shape} in blocks of {block} is a grid of {grid}.")
         if np.isnan(score).any():
             raise ValueError(f"score holds {np.isnan(score).sum()} NaN: which blocks to keep is undefined.")
-        keep = _indices.highest(score.ravel(), count_stored(density, shape, block)).reshape(grid)
+        keep = _norms.highest(score.ravel(), count_stored(density, shape, block)).reshape(grid)
         cols, rows = np.nonzero(keep.T)
         return cls.from_indices(rows, cols, shape=shape, block=block)
 
@@ -309,7 +309,7 @@ class BlockPattern:
             return self.T.gather(w.T)
         if self.is_unstructured:
             return w[self.rows, self.cols]
-        return _cut(w, self.block)[self.rows, :, self.cols]
+        return _norms.in_blocks(w, self.block)[self.rows, :, self.cols]
 
     def to_dense(self, blocks: Float[Array, " *values"]) -> Float[Array, "in out"]:
         """The dense matrix, zeros where nothing is stored."""
@@ -391,12 +391,3 @@ class BlockPattern:
         from jaxsparse.formats import interop
 
         return interop.to_bcsr(self, blocks)
-
-
-def _cut(w, block: tuple[int, int]) -> Any:
-    """A matrix, zero-padded to whole blocks, as [grid_in, i, grid_out, o]."""
-    (rows, cols), (i, o) = w.shape, block
-    xp = np if isinstance(w, np.ndarray) else jnp
-    if rows % i or cols % o:
-        w = xp.pad(w, ((0, -rows % i), (0, -cols % o)))
-    return w.reshape(w.shape[0] // i, i, w.shape[1] // o, o)

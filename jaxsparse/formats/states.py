@@ -12,8 +12,7 @@ import numpy as np
 from jaxsparse import _indices
 from jaxsparse._indices import Index
 from jaxsparse._sizes import check_sizes, grid_of
-from jaxsparse.formats import BlockPattern
-from jaxsparse.formats.n_m import NMPattern
+from jaxsparse.formats import BlockPattern, NMPattern, Pattern
 
 N_M_NAMES = ("bits", "n", "m", "shape", "transposed")  # of NMPattern, as Flax names them
 _SIZES = ("shape", "block", "transposed")
@@ -56,7 +55,7 @@ def is_any_state(tree: Any) -> bool:
     return is_state(tree) or is_n_m_state(tree)
 
 
-def from_any_state(state: Mapping[str, Any]) -> BlockPattern | NMPattern:
+def from_any_state(state: Mapping[str, Any]) -> Pattern:
     """The pattern of either class, checked."""
     return from_n_m_state(state) if is_n_m_state(state) else from_state(state)
 

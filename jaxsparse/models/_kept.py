@@ -41,10 +41,3 @@ def _diagonal_blocks(kernel: Float[Array, "in out"], num_blocks: int) -> Float[A
 
 def densify(values: jax.Array, pattern: BlockPattern | None) -> jax.Array:
     return jax.scipy.linalg.block_diag(*values) if pattern is None else pattern.to_dense(values)
-
-
-def distance(before: jax.Array, after: jax.Array) -> float:
-    """|before - after| / |before|, in Frobenius norms; 0 for a zero matrix."""
-    old, new = np.asarray(before, np.float64), np.asarray(after, np.float64)
-    norm = np.linalg.norm(old)
-    return float(np.linalg.norm(new - old) / norm) if norm else 0.0

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxsparse.formats import BlockPattern
-from jaxsparse.formats.n_m import NMPattern
+from jaxsparse.formats import PATTERNS, BlockPattern
 from jaxsparse.linen import BlockDiagDense
 from jaxsparse.models.summary import Call, Product, Row, largest, of_unknown_kind
 from jaxsparse.nnx import BlockDiagLinear, Pattern
@@ -88,7 +87,7 @@ def linen_rows(model: nn.Module, variables: Mapping[str, Any], inputs: tuple) ->
         if not params:
             continue
         beside = _at(variables.get("pattern", {}), path)
-        patterns = [leaf for leaf in beside.values() if isinstance(leaf, (BlockPattern, NMPattern))]
+        patterns = [leaf for leaf in beside.values() if isinstance(leaf, PATTERNS)]
         name, out = met.get(path) or (_guess({k: jnp.shape(a) for k, a in params.items()}, patterns), 1)
         made = None if calls is None else calls.get(path, ())
         yield _row(".".join(path), name, params, patterns, _IN_LINEN.get(name, "other"), out, made)

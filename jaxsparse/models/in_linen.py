@@ -14,6 +14,7 @@ from flax import linen
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxsparse import linen as sparse_linen
+from jaxsparse._norms import relative_error
 from jaxsparse.costs.racing import Race, Races
 from jaxsparse.models import _kept, _races
 from jaxsparse.models._layers import dotted, drawn, nbytes, nnx_layer, nnx_linear, why_left
@@ -103,7 +104,7 @@ def sparsify_variables(
             "parameters": (kernel.size + bias.size, values.size + bias.size),
             "bytes": (kernel.nbytes + bias.nbytes, values.nbytes + bias.nbytes + nbytes(pattern)),
         }
-        error = _kept.distance(kernel, _kept.densify(values, pattern))
+        error = relative_error(kernel, _kept.densify(values, pattern))
         rows.append(Row.of(path, rule, kernel.shape, None, **sizes, relative_error=error))
     new = {**variables, "params": unflatten_dict(params)}
     if patterns:

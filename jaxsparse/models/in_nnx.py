@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jaxsparse._norms import relative_error
 from jaxsparse.costs.racing import Races
 from jaxsparse.models import _kept, _races
 from jaxsparse.models._layers import dotted, nbytes, nnx_layer, why_left
@@ -123,7 +124,7 @@ def _relative_error(kernel: jax.Array, layer: Any) -> float:
     if isinstance(layer, nnx.Linear):
         return 0.0
     pattern = layer.pattern.get_value() if hasattr(layer, "pattern") else None
-    return _kept.distance(kernel, _kept.densify(layer.kernel[...], pattern))
+    return relative_error(kernel, _kept.densify(layer.kernel[...], pattern))
 
 
 def _size(module: nnx.Module) -> int:

@@ -21,6 +21,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "sparse": ("density", {}),
 }
 Rules = Iterable[tuple[str, Mapping[str, Any] | None]]
+_IF_N_M = (
+    " No rule makes n of every m: give a Flax layer an NMPattern as its pattern; or prune weights so first, as "
+    "pruning.top_mask(scores, n_of_m=(2, 4)) marks them, and keep what is not zero as single entries."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +148,8 @@ def _parse_one(rule: Any) -> Rule:
     options = dict(options)
     kind = options.pop("kind", None)
     if kind not in KINDS:
-        raise ValueError(f"{where} has kind={kind!r}, but there is {', '.join(map(repr, KINDS))}.{_near(kind, KINDS)}")
+        hint = _IF_N_M if re.fullmatch(r"\d+:\d+|n.?m(_sparse)?", str(kind), re.IGNORECASE) else _near(kind, KINDS)
+        raise ValueError(f"{where} has kind={kind!r}, but there is {', '.join(map(repr, KINDS))}.{hint}")
     needed, defaults = KINDS[kind]
     known = [needed, *(["keep"] if needed == "density" else []), *defaults]
     for name in options:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
+from jaxsparse._norms import squares_of_blocks
 from jaxsparse._sizes import as_pair, count_kept, grid_of, is_unstructured
 from jaxsparse.training import _select
 
@@ -63,7 +64,7 @@ def score(
         _check_shape("x", x, (*x.shape[:-1], w.shape[0]))
         squares = jnp.square(x).reshape(-1, w.shape[0])
         entries = entries * jnp.sqrt(squares.sum(0))[:, None]
-    return entries if is_unstructured(block) else _block_norms(entries, block)
+    return entries if is_unstructured(block) else jnp.sqrt(squares_of_blocks(entries, block))
 
 
 def top_mask(
@@ -270,10 +271,3 @@ def _map_shapes(densities: Callable[[list], list], shapes: Any) -> Any:
 def _check_shape(name: str, array, shape: tuple[int, ...]) -> None:
     if jnp.shape(array) != shape:
         raise ValueError(f"{name} must be of shape {shape}, got {jnp.shape(array)}.")
-
-
-def _block_norms(entries, block: tuple[int, int]):
-    (rows, cols), (i, o) = entries.shape, block
-    padded = jnp.pad(jnp.square(entries), ((0, -rows % i), (0, -cols % o)))
-    grid_in, grid_out = grid_of((rows, cols), block)
-    return jnp.sqrt(padded.reshape(grid_in, i, grid_out, o).sum((1, 3)))

@@ -7,10 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsparse.formats import BlockPattern
-from jaxsparse.formats.n_m import NMPattern
+from jaxsparse.formats import PATTERNS
 
-_PATTERNS = (BlockPattern, NMPattern)
 _NEVER = ("bias", "scale")  # what Flax's layers and norms call them
 
 
@@ -45,9 +43,9 @@ def decay_mask(params: Any) -> Any:
 def _values_of_patterns(params: Any) -> set:
     """The paths of the leaves that stand beside a pattern whose values they may be."""
     shapes, others = {}, []
-    for path, leaf in jax.tree.leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, _PATTERNS)):
+    for path, leaf in jax.tree.leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, PATTERNS)):
         node, _ = _place(path)
-        if isinstance(leaf, _PATTERNS):
+        if isinstance(leaf, PATTERNS):
             shapes.setdefault(node, []).append(leaf.values_shape)
         else:
             others.append((path, node, jnp.shape(leaf)))
