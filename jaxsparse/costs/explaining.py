@@ -136,8 +136,8 @@ def explain(
         print(jaxsparse.explain(4096, 4096, batch=256, density=0.1))
 
     The times are predicted, from the machine's rates and from measured layers (docs/where_it_pays.md). The first call
-    on a machine measures the rates, in less than ten seconds, and keeps them in ~/.cache/jaxsparse, or where the environment
-    variable JAXSPARSE_CACHE says.
+    on a machine measures the rates, in less than ten seconds, and keeps them in ~/.cache/jaxsparse, or where the
+    environment variable JAXSPARSE_CACHE says.
 
     Args:
       in_features, out_features: sizes of the layer, at least 1; it has no bias.
