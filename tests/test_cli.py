@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -195,6 +196,17 @@ def test_show_diff_counts_what_moved_and_says_so_by_its_exit_code(tmp_path, caps
     assert "blocks of 1x1 became 2x2" in capsys.readouterr().out
 
 
+def test_of_two_checkpoints_what_moved_is_drawn_first(tmp_path, capsys):
+    patterns = {"one": BlockPattern.from_mask(MASK), "other": BlockPattern.from_mask(MASK.T[:6, :6])}
+    for name, second in (("before", "one"), ("after", "other")):
+        layers = {"same": patterns["one"], "moved": patterns[second]}
+        tree = {key: {"kernel": np.ones(p.values_shape, np.float32), "pattern": p} for key, p in layers.items()}
+        checkpoint.save(tmp_path / name, tree)
+    assert run("show", str(tmp_path / "before"), "--diff", str(tmp_path / "after"), "--pictures", "1") == cli.FOUND
+    printed = capsys.readouterr().out
+    assert "moved, then" in printed and "same, then" not in printed
+
+
 def test_what_show_cannot_read_is_one_line_and_exit_code_2(tmp_path, capsys):
     (tmp_path / "text").write_text("nothing")
     np.save(tmp_path / "array.npy", np.ones(3))
@@ -346,9 +358,39 @@ def test_bench_that_is_interrupted_keeps_what_it_has(tmp_path, monkeypatch, caps
         return whole(calls, seconds, pause=pause)
 
     monkeypatch.setattr(running, "take_turns", interrupted)
-    assert run(*SMALL, "--only", "JAX dense", "--save", str(tmp_path / "run.json")) == cli.FOUND
+    assert run(*SMALL, "--only", "JAX dense", "--save", str(tmp_path / "run.json")) == cli.INTERRUPTED
     assert len(json.loads((tmp_path / "run.json").read_text())["cells"]) == 1
     assert capsys.readouterr().err == "jaxsparse: interrupted after 1 of 2 cells, which are kept.\n"
+    cells.pop()  # so that the next one is the second again
+    assert run(*SMALL, "--only", "JAX dense") == cli.INTERRUPTED
+    assert capsys.readouterr().err == "jaxsparse: interrupted before the first cell was done.\n"
+
+
+IN_A_TERMINAL = """
+import os, sys
+os.open(os.ttyname(0), os.O_RDWR)  # of a session without a terminal this is now the one that Ctrl-C comes from
+os.execv(sys.executable, [sys.executable, "-m", "jaxsparse", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.slow  # a process in a terminal of its own
+def test_ctrl_c_in_a_terminal_keeps_the_cells_of_bench(tmp_path):
+    file, sizes = tmp_path / "run.json", ",".join(map(str, range(8, 400)))
+    command = ["bench", "--in", sizes, "--batch", "2", "--density", "0.5", "--seconds", "0", "--only", "JAX dense"]
+    ours, its = os.openpty()
+    program = [sys.executable, "-c", IN_A_TERMINAL, *command, "--save", str(file)]
+    process = subprocess.Popen(program, stdin=its, stdout=its, stderr=its, start_new_session=True)
+    os.close(its)
+    text, pressed = "", False
+    with contextlib.suppress(OSError):  # what reading raises once the other side has ended
+        while chunk := os.read(ours, 65536):
+            text += chunk.decode(errors="replace")
+            if file.exists() and not pressed:
+                pressed = bool(os.write(ours, b"\x03"))
+    os.close(ours)
+    assert process.wait() == cli.INTERRUPTED and "Traceback" not in text
+    kept = len(json.loads(file.read_text())["cells"])
+    assert 1 <= kept < 392 and f"interrupted after {kept} of 392 cells" in text
 
 
 @pytest.mark.parametrize(
