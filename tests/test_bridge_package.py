@@ -104,6 +104,7 @@ assert layer.weight.grad is not None
     assert "jax" in loaded and "flax" not in loaded
 
 
+@pytest.mark.slow  # a process that compiles
 def test_a_compiled_graph_may_be_the_first_that_takes_the_way_through_jax():
     code = """
 layer = torch_bridge.BlockSparseLinear(16, 8, density=0.5, block=4, backend="xla")
