@@ -150,7 +150,7 @@ def explain(
       torch: in PyTorch instead of JAX.
       measured: also measure, where it fits: each format raced against dense, as `jaxsparse.measure` does.
     Returns:
-      An `Explanation`: a text, for `print`, and the numbers.
+      A text, for `print`, and the numbers.
     Raises:
       ValueError: for sizes below 1, a density outside of [0, 1], an unknown dtype or a block that is none.
       ImportError: if the framework is not installed.
