@@ -92,7 +92,7 @@ def test_an_interrupt_and_a_reader_that_left_are_no_errors(monkeypatch, capsys, 
 
 
 @LIBRARY
-def test_devices_says_what_runs_and_what_the_others_lack(capsys):
+def test_devices_says_what_runs_and_what_the_others_lack(monkeypatch, capsys):
     assert run("devices", "--json") == 0
     found = told(capsys)
     by_name = {b["name"]: b for b in found["backends"]}
@@ -103,6 +103,12 @@ def test_devices_says_what_runs_and_what_the_others_lack(capsys):
         assert b["runs"] or (b["reason"] and b["remedy"])
     assert found["library"]["isa"] == cpu_kernels.isa() and found["library"]["file"] == str(cpu_kernels.library_file())
     assert found["versions"]["jaxsparse"] and found == json.loads(json.dumps(jaxsparse.devices().as_dict()))
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("devices") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for name, version in found["versions"].items():  # in one line, however narrow the terminal is
+        assert any(f"{name} {version or 'not installed'}" in line for line in lines), name
 
 
 def test_devices_without_the_library_says_what_to_do_and_fails(monkeypatch, capsys):
