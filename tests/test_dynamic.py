@@ -125,7 +125,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("block", [(1, 1), (128, 128)])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", mostly_slow(OPTIMIZERS, 2))
 def test_kept_entries_keep_every_moment_and_grown_ones_have_none(name, block):
     blocks, pattern = make((1024, 900) if block[0] > 1 else (64, 50), 0.2, block)
     params = {"layer": {"kernel": blocks}, "other": {"kernel": blocks + 1}, "bias": jnp.ones(7)}

@@ -193,6 +193,7 @@ def test_moving_patterns_keep_the_budget_and_draw(digits, picture_and_bar, tmp_p
     check_picture(tmp_path / "sub" / "p.png", least=600)
 
 
+@pytest.mark.slow
 def test_the_three_layers_learn(tmp_path):
     out = run("three_layers", "--quick", cwd=tmp_path)
     found = re.findall(r"^(\w+) +loss +(\S+) -> +(\S+) +(\S+) parameters", out, re.MULTILINE)
