@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import math
 import os
 import sys
 import time
@@ -55,13 +56,13 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     run = {"machine": _measure.machine(PACKAGES), "clock": clock.__name__, "profiles": {}, "cells": []}
     for framework, home in machine.FRAMEWORKS.items():
-        side, before = importlib.import_module(home), machine.measure(framework, clock)
+        side, before = importlib.import_module(home), machine.measure(framework, clock, math.inf)
         for shape, batch, dtype in _places(args.quick):
             start = time.perf_counter()
             run["cells"] += _cells(framework, side, _formats(shape, batch, dtype), args.seconds, clock)
             print(framework, shape, batch, dtype, f"{time.perf_counter() - start:.0f} s", flush=True)
             out.write_text(json.dumps(run, indent=None).replace('{"framework"', '\n{"framework"') + "\n")
-        run["profiles"][framework] = dataclasses.asdict(_better(before, machine.measure(framework, clock)))
+        run["profiles"][framework] = dataclasses.asdict(_better(before, machine.measure(framework, clock, math.inf)))
     run["machine"]["load_after"] = os.getloadavg()
     out.write_text(json.dumps(run, indent=None).replace('{"framework"', '\n{"framework"') + "\n")
     print(f"numbers: {out}")

@@ -4,6 +4,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#ifdef JAXSPARSE_X86
+#include <cpuid.h>
+#endif
+
 #include "kernels.h"
 
 namespace jaxsparse_cpu {
@@ -15,6 +19,14 @@ extern const KernelTable kernels_avx2, kernels_avx512;
 
 namespace {
 
+#ifdef JAXSPARSE_X86
+// Asked of the processor itself: clang 14 and 15 refuse __builtin_cpu_supports("f16c").
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 // Best first; null ends the list.
 const KernelTable* const* available() {
   static const KernelTable* found[4] = {};
@@ -22,8 +34,7 @@ const KernelTable* const* available() {
     int n = 0;
 #ifdef JAXSPARSE_X86
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
       found[n++] = &kernels_avx512;

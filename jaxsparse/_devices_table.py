@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -39,7 +40,8 @@ def _facts(found: Devices) -> Table:
         table.add_row("torch, GPU", escape(found.torch.cuda))
         if found.torch.remedy:
             table.add_row("", escape(found.torch.remedy))
-    table.add_row("versions", ", ".join(f"{name} {v or 'not installed'}" for name, v in found.versions.items()))
+    versions = [f"{name} {v or 'not installed'}" for name, v in found.versions.items()]
+    table.add_row("versions", Columns(versions, padding=(0, 2)))  # a name and its version stay in one line
     return table
 
 

@@ -13,8 +13,8 @@ import pytest
 from devices import OLDER_FUSIONS
 
 STATUS = Path("/proc/self/statm")  # on Linux
-MORE = 300 * 2**20
-limit = 1200 * 2**20  # bytes
+MORE = 200 * 2**20
+limit = 1000 * 2**20  # bytes
 # XLA's optimizer takes most of the time of a test at toy sizes. It never touches the kernels in C++, and the dense
 # product, which sets every tolerance, is compiled as the product beside it. Processes that a test starts optimize, and
 # .ci/run has the products tested with this setting too.

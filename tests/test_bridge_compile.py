@@ -155,6 +155,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.slow  # processes that compile
 def test_the_disk_cache_of_one_process_does_not_poison_another(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(PROGRAM))

@@ -4,6 +4,7 @@ import copy
 import functools
 
 import pytest
+from sweeps import mostly_slow
 
 pytest.importorskip("torch", reason="torch_bridge needs torch")
 
@@ -60,7 +61,7 @@ def places(layer):
 
 
 @each_layer
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", mostly_slow(OPTIMIZERS.values(), 2), ids=OPTIMIZERS)
 @pytest.mark.parametrize("kind", ["rigl", "set_"])
 def test_the_result_is_that_of_jaxsparse_on_the_same_numbers(make, optimizer, kind):
     layer, optimizer, x, dy = trained(make, optimizer)

@@ -93,6 +93,7 @@ class Every(torch.nn.Module):
         return [layer(x[..., : layer.in_features]) for layer in self.layers.values()]
 
 
+@pytest.mark.slow  # every layer, through an exporter that takes long
 def test_an_onnx_file_runs_without_us_at_other_batch_sizes():
     model, batch = Every(), ({0: torch.export.Dim("batch", min=2)},)
     program = export_onnx(model, torch.randn(3, 2, 13), dynamic_shapes=batch)
@@ -126,6 +127,7 @@ def test_a_decomposed_program_has_no_operator_of_ours():
         torch.testing.assert_close(y, truth, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.slow  # a process of its own
 def test_a_decomposed_program_runs_in_a_process_without_us_and_as_onnx(tmp_path):
     model = torch.nn.Sequential(SparseLinear(13, 12, 0.3, activation="gelu"), BlockDiagLinear(12, 8, 4))
     x = torch.randn(3, 13)

@@ -88,6 +88,7 @@ def test_a_pruned_model_is_converted_saved_loaded_and_trained(name, tmp_path):
     torch.testing.assert_close(program.module()(x).logits, again(x).logits)
 
 
+@pytest.mark.slow  # a whole model
 def test_a_whole_model_becomes_an_onnx_file():
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
@@ -183,6 +184,7 @@ def test_a_layer_keeps_its_activation(tmp_path):
     torch.testing.assert_close(again(x).logits, model(x).logits)
 
 
+@pytest.mark.slow  # a process of its own
 def test_a_fresh_process_loads_it_after_one_import(tmp_path):
     model, x = patched(tmp_path)
     torch.save(model(x).logits, tmp_path / "logits")

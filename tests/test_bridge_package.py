@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sweeps import mostly_slow
 
 pytest.importorskip("torch", reason="torch_bridge needs torch")
 
@@ -31,7 +32,7 @@ def loaded_by(code: str) -> set[str]:
 
 
 @direct
-@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("make", mostly_slow(LAYERS.values()), ids=LAYERS)
 def test_a_layer_on_a_cpu_is_made_called_trained_and_copied_without_jax(make):
     code = f"""
 import copy, pickle
@@ -69,7 +70,7 @@ KEPT = {
 
 
 @direct
-@pytest.mark.parametrize("rule", KEPT.values(), ids=KEPT)
+@pytest.mark.parametrize("rule", mostly_slow(KEPT.values()), ids=KEPT)
 def test_a_trained_model_is_made_sparse_called_and_made_dense_again_without_jax(rule):
     code = f"""
 model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 3))
@@ -104,6 +105,7 @@ assert layer.weight.grad is not None
     assert "jax" in loaded and "flax" not in loaded
 
 
+@pytest.mark.slow  # a process that compiles
 def test_a_compiled_graph_may_be_the_first_that_takes_the_way_through_jax():
     code = """
 layer = torch_bridge.BlockSparseLinear(16, 8, density=0.5, block=4, backend="xla")

@@ -206,6 +206,7 @@ def test_the_patcher_speaks_the_words_of_pytorch_block_sparse():
     report.revert()
 
 
+@pytest.mark.slow  # 84 million parameters
 def test_roberta_keeps_67_6_of_its_83_5_million_parameters():
     transformers = pytest.importorskip("transformers", reason="transformers, which has RoBERTa, is not installed")
     config = transformers.RobertaConfig(

@@ -112,6 +112,7 @@ def test_two_processes_train_as_one_does_on_both_batches(tmp_path):
     assert_success(*[start(program, rank, tmp_path / "rendezvous") for rank in range(2)])
 
 
+@pytest.mark.slow  # processes
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_forked_workers_may_not_call_jax_and_are_told_so(tmp_path):
     program = tmp_path / "forked.py"

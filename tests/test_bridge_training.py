@@ -99,6 +99,7 @@ def test_a_checkpointed_model_with_dropout_has_the_gradients_of_the_plain_one(re
     assert torch.equal(*gradients)
 
 
+@pytest.mark.slow  # a thousand calls
 def test_a_thousand_calls_trace_once_and_keep_no_memory():
     model, x = make_flax(), torch.randn(4, 5)
     for _ in range(20):
@@ -180,6 +181,7 @@ class Regression(torch.nn.Module):
         return {"loss": (y - labels).square().mean(), "logits": y}
 
 
+@pytest.mark.slow  # a whole run
 def test_transformers_trainer_trains_and_resumes(tmp_path):
     transformers = pytest.importorskip("transformers", reason="trains by the Trainer of transformers")
     pytest.importorskip("accelerate", reason="the Trainer needs accelerate")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -91,7 +92,7 @@ def test_an_interrupt_and_a_reader_that_left_are_no_errors(monkeypatch, capsys, 
 
 
 @LIBRARY
-def test_devices_says_what_runs_and_what_the_others_lack(capsys):
+def test_devices_says_what_runs_and_what_the_others_lack(monkeypatch, capsys):
     assert run("devices", "--json") == 0
     found = told(capsys)
     by_name = {b["name"]: b for b in found["backends"]}
@@ -102,6 +103,12 @@ def test_devices_says_what_runs_and_what_the_others_lack(capsys):
         assert b["runs"] or (b["reason"] and b["remedy"])
     assert found["library"]["isa"] == cpu_kernels.isa() and found["library"]["file"] == str(cpu_kernels.library_file())
     assert found["versions"]["jaxsparse"] and found == json.loads(json.dumps(jaxsparse.devices().as_dict()))
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("devices") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for name, version in found["versions"].items():  # in one line, however narrow the terminal is
+        assert any(f"{name} {version or 'not installed'}" in line for line in lines), name
 
 
 def test_devices_without_the_library_says_what_to_do_and_fails(monkeypatch, capsys):
@@ -193,6 +200,17 @@ def test_show_diff_counts_what_moved_and_says_so_by_its_exit_code(tmp_path, caps
     assert "6x8 became 6x6" in capsys.readouterr().out
     assert run("show", a, "--diff", saved(tmp_path / "d", block=2), "--png", str(tmp_path / "d.png")) == cli.FOUND
     assert "blocks of 1x1 became 2x2" in capsys.readouterr().out
+
+
+def test_of_two_checkpoints_what_moved_is_drawn_first(tmp_path, capsys):
+    patterns = {"one": BlockPattern.from_mask(MASK), "other": BlockPattern.from_mask(MASK.T[:6, :6])}
+    for name, second in (("before", "one"), ("after", "other")):
+        layers = {"same": patterns["one"], "moved": patterns[second]}
+        tree = {key: {"kernel": np.ones(p.values_shape, np.float32), "pattern": p} for key, p in layers.items()}
+        checkpoint.save(tmp_path / name, tree)
+    assert run("show", str(tmp_path / "before"), "--diff", str(tmp_path / "after"), "--pictures", "1") == cli.FOUND
+    printed = capsys.readouterr().out
+    assert "moved, then" in printed and "same, then" not in printed
 
 
 def test_what_show_cannot_read_is_one_line_and_exit_code_2(tmp_path, capsys):
@@ -346,9 +364,39 @@ def test_bench_that_is_interrupted_keeps_what_it_has(tmp_path, monkeypatch, caps
         return whole(calls, seconds, pause=pause)
 
     monkeypatch.setattr(running, "take_turns", interrupted)
-    assert run(*SMALL, "--only", "JAX dense", "--save", str(tmp_path / "run.json")) == cli.FOUND
+    assert run(*SMALL, "--only", "JAX dense", "--save", str(tmp_path / "run.json")) == cli.INTERRUPTED
     assert len(json.loads((tmp_path / "run.json").read_text())["cells"]) == 1
     assert capsys.readouterr().err == "jaxsparse: interrupted after 1 of 2 cells, which are kept.\n"
+    cells.pop()  # so that the next one is the second again
+    assert run(*SMALL, "--only", "JAX dense") == cli.INTERRUPTED
+    assert capsys.readouterr().err == "jaxsparse: interrupted before the first cell was done.\n"
+
+
+IN_A_TERMINAL = """
+import os, sys
+os.open(os.ttyname(0), os.O_RDWR)  # of a session without a terminal this is now the one that Ctrl-C comes from
+os.execv(sys.executable, [sys.executable, "-m", "jaxsparse", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.slow  # a process in a terminal of its own
+def test_ctrl_c_in_a_terminal_keeps_the_cells_of_bench(tmp_path):
+    file, sizes = tmp_path / "run.json", ",".join(map(str, range(8, 400)))
+    command = ["bench", "--in", sizes, "--batch", "2", "--density", "0.5", "--seconds", "0", "--only", "JAX dense"]
+    ours, its = os.openpty()
+    program = [sys.executable, "-c", IN_A_TERMINAL, *command, "--save", str(file)]
+    process = subprocess.Popen(program, stdin=its, stdout=its, stderr=its, start_new_session=True)
+    os.close(its)
+    text, pressed = "", False
+    with contextlib.suppress(OSError):  # what reading raises once the other side has ended
+        while chunk := os.read(ours, 65536):
+            text += chunk.decode(errors="replace")
+            if file.exists() and not pressed:
+                pressed = bool(os.write(ours, b"\x03"))
+    os.close(ours)
+    assert process.wait() == cli.INTERRUPTED and "Traceback" not in text
+    kept = len(json.loads(file.read_text())["cells"])
+    assert 1 <= kept < 392 and f"interrupted after {kept} of 392 cells" in text
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_the_first_time_it_says_what_it_waits_for(capsys, monkeypatch):
     machine._known.cache_clear()
     monkeypatch.setattr(machine, "measure", lambda framework: kept)
     assert cli.main(LAYER) == 0
-    assert capsys.readouterr().err == "Measuring this machine's rates, once: some ten seconds.\n"
+    assert capsys.readouterr().err == "Measuring this machine's rates, once: less than ten seconds.\n"
 
 
 @pytest.mark.parametrize(

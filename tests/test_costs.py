@@ -1,5 +1,6 @@
 """The cost model: what layers store, the machine's profile and its cache, and whether the advice is right."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -89,6 +90,34 @@ def test_measuring_gives_a_whole_profile(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "_THIN", {1024: 16, 4096: 32})
     machine.write(tmp_path / "it", machine.measure("jax"))
     assert machine.read(tmp_path / "it")
+
+
+class Slow:
+    """A framework whose calls take some seconds on its own clock, and the making of a layer twice as long."""
+
+    wide, threads = staticmethod(lambda dtype: contextlib.nullcontext()), staticmethod(lambda: 2)
+
+    def __init__(self, seconds):
+        self.now, self.seconds = 0.0, seconds
+
+    def steps(self, layer, modes):
+        self.now += 2 * self.seconds
+        return [self.call for _ in modes]
+
+    def call(self):
+        self.now += self.seconds
+
+
+@pytest.mark.parametrize("seconds, measured", [(1e-4, 11), (0.5, 2), (30.0, 2)])
+def test_measuring_ends_in_time_on_a_busy_machine_and_says_what_is_estimated(tmp_path, monkeypatch, seconds, measured):
+    slow = Slow(seconds)
+    monkeypatch.setitem(machine.FRAMEWORKS, "jax", "slow")
+    monkeypatch.setitem(sys.modules, "slow", slow)
+    found = machine.measure("jax", lambda: slow.now)
+    assert slow.now < 10 or seconds > 1
+    assert len(found.estimated) == 11 - measured and "float32" not in found.estimated
+    machine.write(tmp_path / "it", found)
+    assert machine.read(tmp_path / "it") == found
 
 
 # ---- predictions ------------------------------------------------------------------------------------------

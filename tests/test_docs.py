@@ -132,3 +132,10 @@ def test_the_reference_has_every_public_name():
         for name in package.__all__:
             home = getattr(package, name).__module__
             assert {f"{package.__name__}.{name}", home} & shown, f"{package.__name__}.{name}"
+
+
+def test_what_stands_before_the_colon_of_a_result_is_no_sentence():
+    """The reference shows it as the result's type, which the annotation gives."""
+    for file in [*ROOT.glob("jaxsparse/**/*.py"), *ROOT.glob("torch_bridge/**/*.py")]:
+        for said in re.findall(r"^ +Returns:\n +([^\n:]*):", file.read_text(), re.MULTILINE):
+            assert "`" not in said, f"{file}: {said}"

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sweeps import rows_mostly_slow
+from sweeps import mostly_slow, rows_mostly_slow
 from test_formats import check_valid
 
 from jaxsparse import BlockPattern, dynamic, pruning, spmm
@@ -125,7 +125,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("block", [(1, 1), (128, 128)])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", mostly_slow(OPTIMIZERS, 2))
 def test_kept_entries_keep_every_moment_and_grown_ones_have_none(name, block):
     blocks, pattern = make((1024, 900) if block[0] > 1 else (64, 50), 0.2, block)
     params = {"layer": {"kernel": blocks}, "other": {"kernel": blocks + 1}, "bias": jnp.ones(7)}
@@ -260,7 +260,7 @@ def test_memory_of_a_tenth_of_the_weights(block, allowed):
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("block", [(1, 1), (32, 32)])
+@pytest.mark.parametrize("block", mostly_slow([(32, 32), (1, 1)]))
 def test_rigl_makes_a_bounded_part_of_the_dense_gradient(block, monkeypatch):
     pattern = jax.eval_shape(lambda: BlockPattern.random(KEY, (8192, 8192), density=0.01, block=block))
     blocks, x = jax.ShapeDtypeStruct(pattern.values_shape, jnp.float32), jax.ShapeDtypeStruct((4, 8192), jnp.float32)

@@ -133,6 +133,7 @@ def test_the_ensemble_is_no_worse_than_its_members(digits, tmp_path):
     assert re.search(r"every other step +\S+ ms +\S+ ms +\S+$", out, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_own_mask_learns_as_the_masked_dense_layer_does(tmp_path):
     out = run("own_mask", 10, cwd=tmp_path)
     lines = re.findall(r"loss (\S+) -> (\S+) +(\S+) parameters +\S+ ms per step$", out, re.MULTILINE)
@@ -192,6 +193,7 @@ def test_moving_patterns_keep_the_budget_and_draw(digits, picture_and_bar, tmp_p
     check_picture(tmp_path / "sub" / "p.png", least=600)
 
 
+@pytest.mark.slow
 def test_the_three_layers_learn(tmp_path):
     out = run("three_layers", "--quick", cwd=tmp_path)
     found = re.findall(r"^(\w+) +loss +(\S+) -> +(\S+) +(\S+) parameters", out, re.MULTILINE)

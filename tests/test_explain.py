@@ -77,6 +77,11 @@ def test_rates_of_a_busy_machine_are_told(monkeypatch):
     assert "cores busy" not in str(jaxsparse.explain(8, 8, 1, 0.5))
     monkeypatch.setattr(machine, "profile", lambda torch=False: dataclasses.replace(PROFILE, busy=1.5))
     assert "Others kept 1.5 cores busy while the machine's rates" in str(jaxsparse.explain(8, 8, 1, 0.5))
+    late = dataclasses.replace(PROFILE, estimated=("bfloat16", "float64"))
+    monkeypatch.setattr(machine, "profile", lambda torch=False: late)
+    found = jaxsparse.explain(8, 8, 1, 0.5)
+    assert "too busy to measure all its rates in time" in str(found) and "bfloat16, float64. Delete" in str(found)
+    assert found.as_dict()["rates_estimated"] == ["bfloat16", "float64"]
 
 
 def test_crossover_is_where_prediction_and_dense_meet():

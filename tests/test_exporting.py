@@ -41,6 +41,7 @@ def test_an_exported_program_takes_any_batch(platforms):
         np.testing.assert_allclose(exported.call(made(), x), model(made(), x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow  # a process of its own
 @pytest.mark.parametrize("platforms", PLATFORMS, ids=str)
 def test_a_fresh_process_runs_and_differentiates_what_was_written(platforms, tmp_path):
     pytest.importorskip("flatbuffers", reason="jax.export writes programs with the package flatbuffers")

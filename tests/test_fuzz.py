@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jaxsparse import BlockPattern, _backends, spmm, testing
 
-EXAMPLES = int(os.environ.get("JAXSPARSE_FUZZ_EXAMPLES", "200"))
+EXAMPLES = int(os.environ.get("JAXSPARSE_FUZZ_EXAMPLES", "100"))
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 # (in, out), block, batch: few, so that most examples meet a program that is already compiled
 SIZES = [

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from sweeps import mostly_slow
 
 import jaxsparse
 import jaxsparse.surgery
@@ -93,7 +94,7 @@ def test_init_is_traceable_and_the_same_jitted(name):
     assert "kernel" in nn.tabulate(LAYERS[name], KEY)(X)
 
 
-@pytest.mark.parametrize("name", ["block-diagonal", "block-sparse, ragged", "unstructured by pattern"])
+@pytest.mark.parametrize("name", mostly_slow(["block-sparse, ragged", "block-diagonal", "unstructured by pattern"]))
 def test_scan_vmap_and_remat_lift_a_layer(name):
     layer = LAYERS[name]
 
@@ -162,7 +163,7 @@ def rows(tree):
     return [np.asarray(p.row_index) for p in patterns]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_slow(MODELS, 2))
 def test_parameters_alone_fit_a_model_made_with_another_key(name):
     model = MODELS[name]
     saved, other = model.init(KEY, X), jax.jit(model.init)(jax.random.key(1), X)
@@ -268,7 +269,7 @@ def test_orbax_refuses_a_pattern_of_another_shape(name, tmp_path):
     gc.collect()  # the coroutines, here and not in another test
 
 
-@pytest.mark.parametrize("name", ["block-diagonal", "block-sparse", "unstructured"])
+@pytest.mark.parametrize("name", mostly_slow(["unstructured", "block-diagonal", "block-sparse"]))
 def test_a_deep_stack_keeps_the_scale_of_its_input(name):
     class Stack(nn.Module):
         @nn.compact

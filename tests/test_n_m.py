@@ -87,9 +87,17 @@ def check(pattern, batch, dtype, backend):
         testing.assert_as_close_as_dense(got[name], true, dense[name], name)
 
 
+# In the quick set each case has one dtype: every other one float32, the rest bfloat16 and float16 by turns.
+QUICK = [jnp.float32, jnp.bfloat16, jnp.float32, jnp.float16]
+SWEEP = [
+    pytest.param(name, dtype, id=f"{name}-{dtype.__name__}", marks=[pytest.mark.slow] * (dtype != QUICK[k % 4]))
+    for k, name in enumerate(CASES)
+    for dtype in DTYPES
+]
+
+
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "dtype"), SWEEP)
 @pytest.mark.parametrize("backend", mostly_slow(BACKENDS))
 def test_the_product_and_its_gradients_match_the_dense_product(backend, name, dtype):
     n_m, shape, batch = CASES[name]
@@ -98,7 +106,7 @@ def test_the_product_and_its_gradients_match_the_dense_product(backend, name, dt
         check(make(n_m, shape[::-1]).T, batch, dtype, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", mostly_slow(BACKENDS))
 def test_the_products_in_float64(backend, x64):
     for name in ("2:4, ragged", "2:4, three rows"):
         n_m, shape, batch = CASES[name]
@@ -106,7 +114,7 @@ def test_the_products_in_float64(backend, x64):
 
 
 @pytest.mark.skipif(not BUILT, reason="the C++ kernels were not built")
-@pytest.mark.parametrize("isa", ["portable", "avx2"])
+@pytest.mark.parametrize("isa", mostly_slow(["portable", "avx2"]))
 def test_other_instruction_sets_multiply_alike(isa):
     before = cpu_kernels.isa()
     try:
@@ -122,7 +130,7 @@ def test_other_instruction_sets_multiply_alike(isa):
         cpu_kernels.use_isa(before)
 
 
-@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+@pytest.mark.parametrize("transformation", mostly_slow(TRANSFORMATIONS, 2))
 @pytest.mark.parametrize("backend", mostly_slow(BACKENDS))
 def test_every_transformation_is_that_of_the_dense_product(backend, transformation):
     f, dense, operands = of_pattern(make())
@@ -139,7 +147,7 @@ def test_every_transformation_is_that_of_the_dense_product(backend, transformati
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), list_of(got), list_of(want))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", mostly_slow(BACKENDS))
 def test_the_sampled_product_of_either_view_and_its_derivatives(backend):
     for pattern in (make(), make(shape=(12, 8)).T):
         x, dy = draw(1, 3, 8), draw(2, 3, 12)
@@ -165,7 +173,7 @@ def test_the_kernels_are_in_the_program_and_several_rows_are_one_call():
 # ---- the pattern ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", mostly_slow(CASES, 3))
 def test_a_pattern_and_its_values_round_trip(name):
     n_m, shape, _ = CASES[name]
     pattern = make(n_m, shape)

@@ -1,6 +1,7 @@
 """The kernels' own test program, with no Python around it: under sanitizers, and on Arm under an emulator."""
 
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -39,6 +40,17 @@ def missing(name: str) -> str | None:
     if name != "arm" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
         absent.append("a C++ compiler")
     return f"{name}: {', '.join(absent)} not found" if absent else None
+
+
+@pytest.mark.skipif(not shutil.which("clang++"), reason="there is no clang++")
+@pytest.mark.parametrize("file", ["calls", "dispatch", "isa", "parallel"])
+def test_clang_takes_the_sources(file):
+    """GCC builds the library here; an install may find clang alone."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", *["-DJAXSPARSE_X86"] * x86, "-DJAXSPARSE_ISA=portable"]
+    command = ["clang++", *flags, str(SOURCE / f"{file}.cc")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.parametrize("name", BUILDS)

@@ -29,16 +29,19 @@ def skip_unless_it_runs(backend, pattern, dtype=jnp.float32):
 
 
 def sweep(cases):
-    """(case, backend, dtype): of the cases that XLA takes seconds to compile, those with half numbers are slow tests.
+    """(case, backend, dtype). By XLA half of the cases are bfloat16 and the others float16, beside float32; one case in
+    eight is both, and is interpreted as both.
 
-    By XLA half of the cases are bfloat16 and the others float16; one case in eight is both, and is interpreted as both.
+    The quick tests have each case twice: on the C++ kernels in one dtype, by turns, and on another back end in float32.
     """
     rows = []
     for k, case in enumerate(cases):
         for backend, dtype in itertools.product(BACKENDS, DTYPES):
             kept = backend == "cpu" or dtype == jnp.float32 or k % 8 == 1
+            quick = dtype == (DTYPES[k % 3] if backend == "cpu" else jnp.float32)
+            quick &= backend in ("cpu", ["xla", "interpret"][k % 2])
             if kept or (backend == "xla" and dtype == DTYPES[1 + k % 2]):
-                rows.append(pytest.param(case, backend, dtype, marks=[pytest.mark.slow] * (not kept)))
+                rows.append(pytest.param(case, backend, dtype, marks=[pytest.mark.slow] * (not quick)))
     return rows
 
 

@@ -41,7 +41,7 @@ def padding_of(parts):
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["stored", "transposed"])
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("case", mostly_slow(testing.CASES), ids=lambda c: c.name)
+@pytest.mark.parametrize("case", mostly_slow(testing.CASES, 8), ids=lambda c: c.name)
 def test_pieces_join_bit_for_bit(case, axis, transposed, pieces=3):
     pattern = case.pattern.T if transposed else case.pattern
     parts = pattern.split(pieces, axis)

@@ -4,6 +4,7 @@ The table in the README is that of this file.
 """
 
 import functools
+import itertools
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from sweeps import rows_mostly_slow
 
 from jaxsparse import BlockPattern, block_diag_matmul, exporting, sddmm, spmm, testing, why_not
 
@@ -173,8 +175,7 @@ def compiled(transformation, f, operands):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("transformation,op", rows_mostly_slow(itertools.product(TRANSFORMATIONS, OPS), 2))
 def test_every_transformation_of_every_product_is_that_of_the_dense_one(op, transformation, backend):
     f, _, operands = OPS[op]()
     got = compiled(transformation, functools.partial(f, backend=backend), operands)
@@ -187,8 +188,7 @@ def list_of(tree):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", DTYPES)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op,name", rows_mostly_slow(itertools.product(OPS, DTYPES), 2))
 def test_tangents_and_gradients_in_other_dtypes_are_those_of_the_dense_one(op, name, backend, x64):
     f, dense, operands = OPS[op]()
     operands = tuple(a.astype(DTYPES[name]) for a in operands)

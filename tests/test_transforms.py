@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sweeps import mostly_slow
 
 from jaxsparse import BlockPattern, _xla, block_diag_matmul, sddmm, spmm, testing
 
@@ -160,7 +161,7 @@ def temporaries(loss, *args) -> int:
 
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("backend", ["xla", None])
-@pytest.mark.parametrize("block", [16, 32, 128, (64, 16)])
+@pytest.mark.parametrize("block", mostly_slow([16, 32, 128, (64, 16)], 2))
 def test_temporaries_of_a_block_sparse_step_are_linear_in_batch_and_nnz(block, backend):
     pattern = make(0, block, (SIZE, SIZE), 0.1)
     x, blocks = jnp.ones((BATCH, SIZE)), jnp.ones(pattern.values_shape)

@@ -2,8 +2,8 @@
 
 A command is a module of this package with a function of the same name, annotated for typer. At its top it imports typer
 and the standard library alone, so that `--help` and bad arguments are answered at once. It prints its result, raises
-`typer.Exit(1)` where it found or failed something, and raises ValueError, OSError, ImportError or NotImplementedError
-for input that it can't use.
+`typer.Exit` with FOUND or INTERRUPTED where it ended so, and raises ValueError, OSError, ImportError or
+NotImplementedError for input that it can't use.
 """
 
 import importlib
@@ -61,7 +61,7 @@ def _options(
     """Sparse and block-diagonal layers: what runs here, what a checkpoint holds, and what is fast.
 
     Every command takes --json and --help, which shows examples. Exit codes: 0; 1 where it
-    found or failed something; 2 for input that it can't use.
+    found or failed something; 2 for input that it can't use; 130 where Ctrl-C ended it.
     """
     del debug  # `main` takes it out, wherever it stands
 

@@ -103,7 +103,8 @@ def run_with_progress(
         except KeyboardInterrupt:
             pass
     if len(done) < len(cells):
-        print(f"jaxsparse: interrupted after {len(done)} of {len(cells)} cells, which are kept.", file=sys.stderr)
+        kept = f"after {len(done)} of {len(cells)} cells, which are kept" if done else "before the first cell was done"
+        print(f"jaxsparse: interrupted {kept}.", file=sys.stderr)
     return done
 
 

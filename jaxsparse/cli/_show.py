@@ -71,12 +71,16 @@ def moves(before: Matrices, after: Matrices, moved: Mapping[str, Moved]) -> Any:
     return result
 
 
-def pictures(before: Matrices, most: int, after: Matrices | None = None) -> Iterator[Any]:
-    """Characters for the first patterns, as many side by side as fit."""
+def pictures(
+    before: Matrices, most: int, after: Matrices | None = None, moved: Mapping[str, Moved] | None = None
+) -> Iterator[Any]:
+    """Characters for the first patterns, as many side by side as fit; of two checkpoints first for what moved."""
     from rich.columns import Columns
     from rich.text import Text
 
     drawn = {name: m.pattern for name, m in before.items() if m.pattern is not None}
+    if moved:
+        drawn = dict(sorted(drawn.items(), key=lambda item: not moved[item[0]].is_change))
     panels = []
     for name, pattern in list(drawn.items())[:most]:
         other = after[name].pattern if after is not None and name in after else None

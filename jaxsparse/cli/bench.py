@@ -27,7 +27,7 @@ def bench(
 
     Contenders take turns in one process, on the same numbers, and each result is checked first. Options take several
     values with commas, and every combination is a cell. Speeds are relative to the faster dense product. Ctrl-C ends
-    it early and keeps what it has; the exit code is then 1.
+    it early and keeps what it has; the exit code is then 130.
 
     \b
     Examples:
@@ -37,7 +37,7 @@ def bench(
       jaxsparse bench --in 512,4096 --only 'jaxsparse|dense' --save run.json --json
     """
     from jaxsparse.bench import grid, running
-    from jaxsparse.cli import _bench, _output
+    from jaxsparse.cli import INTERRUPTED, _bench, _output
 
     if diagonal is not None and (density or block):
         raise ValueError("--diagonal says where all weights are: leave out --density and --block.")
@@ -62,4 +62,4 @@ def bench(
     else:
         _output.show(*_bench.tables(measured, about))
     if len(measured) < len(cells):
-        raise typer.Exit(1)
+        raise typer.Exit(INTERRUPTED)

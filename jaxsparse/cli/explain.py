@@ -22,7 +22,7 @@ def explain(
 
     Bytes, operations and predicted times of a dense, a block-diagonal, a block-sparse and an unstructured layer, and
     the density below which each is faster than dense. The first time on a machine, its rates are measured, which takes
-    some ten seconds; then nothing is run, and no memory is taken, unless --measure asks for it.
+    less than ten seconds; then nothing is run, and no memory is taken, unless --measure asks for it.
 
     \b
     Examples:
@@ -45,7 +45,7 @@ def explain(
     dtype, blocks = short.get(dtype, dtype), _block(block)
     layers.check(in_features, out_features, batch, density, dtype)
     if not machine.is_known(torch):
-        print("Measuring this machine's rates, once: some ten seconds.", file=sys.stderr)
+        print("Measuring this machine's rates, once: less than ten seconds.", file=sys.stderr)
     found = look(
         in_features,
         out_features,

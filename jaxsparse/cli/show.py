@@ -28,7 +28,7 @@ def show(
     import re
 
     from jaxsparse import _findings, _matrices
-    from jaxsparse.cli import _output, _show
+    from jaxsparse.cli import FOUND, _output, _show
 
     def read(path):
         found = _matrices.read(path)
@@ -50,8 +50,8 @@ def show(
             told["moved"] = {name: {**m._asdict(), "differs": m.is_change} for name, m in moved.items()}
         _output.show_json(told)
     elif after is not None:
-        _output.show(_show.moves(before, after, moved), *_show.pictures(before, pictures, after))
+        _output.show(_show.moves(before, after, moved), *_show.pictures(before, pictures, after, moved))
     else:
         _output.show(_show.table(before), *_show.pictures(before, pictures))
     if any(m.is_change for m in moved.values()):
-        raise typer.Exit(1)
+        raise typer.Exit(FOUND)

@@ -74,6 +74,7 @@ class Explanation:
             "machine": self.profile.machine,
             "threads": self.profile.threads,
             "cores_busy_when_measured": self.profile.busy,
+            "rates_estimated": list(self.profile.estimated),
             "formats": [_as_dict(row) for row in self.rows],
             "crossover": {str(side): density for side, density in self.crossover.items()},
             "crossover_of": "step" if self.train else "forward",
@@ -89,12 +90,7 @@ class Explanation:
         )
         said = [f"{row.layer}: {row.note}." for row in self.rows if row.note]
         said += [f"Measured, {mode}, {row.layer}: {race}." for row in self.rows for mode, race in row.races.items()]
-        if p.busy > _BUSY:
-            file = machine.cache_file(p.framework)
-            said.append(
-                f"Others kept {p.busy:.1f} cores busy while the machine's rates were measured, so that these are too "
-                f"low: delete {file} when it is quiet."
-            )
+        said += _doubts(p)
         notes = [line for each in said for line in _wrapped(each, first="")]
         below = [f"{'single entries' if b == 1 else f'{b}x{b}'} {_density(d)}" for b, d in self.crossover.items()]
         what = "training step" if self.train else "forward pass"
@@ -103,6 +99,24 @@ class Explanation:
             [head, "", *_memory(self.rows), "", *_time(self.rows), "", pays, *_wrapped(", ".join(below)), *notes]
             + ["", *_wrapped(self.advice, first="", others="")]
         )
+
+
+def _doubts(profile: machine.Profile) -> list[str]:
+    """What a busy machine did to its rates."""
+    said = []
+    if profile.busy > _BUSY:
+        said.append(
+            f"Others kept {profile.busy:.1f} cores busy while the machine's rates were measured, so that these are too "
+            "low."
+        )
+    if profile.estimated:
+        said.append(
+            "The machine was too busy to measure all its rates in time. These are estimated by the others: "
+            f"{', '.join(profile.estimated)}."
+        )
+    if said:
+        said[-1] += f" Delete {machine.cache_file(profile.framework)} when it is quiet."
+    return said
 
 
 def explain(
@@ -122,8 +136,8 @@ def explain(
         print(jaxsparse.explain(4096, 4096, batch=256, density=0.1))
 
     The times are predicted, from the machine's rates and from measured layers (docs/where_it_pays.md). The first call
-    on a machine measures the rates, in some ten seconds, and keeps them in ~/.cache/jaxsparse, or where the environment
-    variable JAXSPARSE_CACHE says.
+    on a machine measures the rates, in less than ten seconds, and keeps them in ~/.cache/jaxsparse, or where the
+    environment variable JAXSPARSE_CACHE says.
 
     Args:
       in_features, out_features: sizes of the layer, at least 1; it has no bias.
@@ -136,7 +150,7 @@ def explain(
       torch: in PyTorch instead of JAX.
       measured: also measure, where it fits: each format raced against dense, as `jaxsparse.measure` does.
     Returns:
-      An `Explanation`: a text, for `print`, and the numbers.
+      A text, for `print`, and the numbers.
     Raises:
       ValueError: for sizes below 1, a density outside of [0, 1], an unknown dtype or a block that is none.
       ImportError: if the framework is not installed.

@@ -64,7 +64,7 @@ def measure(
       train: race training steps too: forward and backward pass, and Adam.
       seconds: for each race; close ones and slow layers may take longer.
     Returns:
-      A `Measured`: a text, for `print`, and the races.
+      A text, for `print`, and the races.
     Raises:
       ValueError: for sizes, densities, blocks and dtypes that are none, and for layers that would not fit in the memory
         that is free, or would take too long.

@@ -108,11 +108,13 @@ def take_turns(
     clock: Callable[[], float] = time.perf_counter,
     is_decided: Callable[[Sequence[Turn]], bool] = lambda turns: False,
     pause: float = 0.0,
+    until: float = math.inf,
 ) -> list[Turn]:
     """Calls functions by turns, every other time in reverse, so that all see the same machine.
 
     Not counted are the first two calls, which compile or build indices, and the first of every turn of several, which
     wakes threads. Before a turn nothing happens for `pause` seconds: the idle threads of another framework may spin.
+    After `until` on the clock no second turn begins, however few there were.
     """
     start = clock()
     repeats = [_repeats(min(_timed(function, clock, calls=2))) for function in functions]
@@ -122,6 +124,8 @@ def take_turns(
         turn = {k: _rested(f, clock, calls, pause) for k, (f, calls) in (order[::-1] if len(turns) % 2 else order)}
         turns.append([turn[k] for k in range(len(functions))])
         if len(turns) >= _TURNS[0] and (clock() - start > seconds or is_decided(turns)):
+            break
+        if clock() >= until:
             break
     return turns
 
