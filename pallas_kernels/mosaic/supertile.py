@@ -73,12 +73,12 @@ def grouped(index: Any, block: tuple[int, int], columns: int, config: Supertile)
         return jnp.full((most, length), otherwise, jnp.int32).at[group, at].set(values, mode="drop")
 
     rows_read = listed(c.rows, row, 1, 0) << jnp.arange(c.rows, dtype=jnp.int32)
-    low, high = jnp.moveaxis(listed(c.pieces, position, tile, tiles).reshape(most, -1, 2), 2, 0)
+    left, right = jnp.moveaxis(listed(c.pieces, position, tile, tiles).reshape(most, -1, 2), 2, 0)
     return Groups(
         number=groups.sum(dtype=jnp.int32)[None],
         band=jnp.where(have[:, 0], band[:, 0], 0),
         mask=rows_read.sum(1, dtype=jnp.int32),
-        column=(low + high * HALF).ravel(),
+        column=(left * HALF + right).ravel(),
         at=jnp.where(have, row * c.pieces + position, 0).ravel(),
         slot=slots[cell].ravel(),
     )
@@ -104,19 +104,17 @@ def supertile(x, dy, index: Any, block: tuple[int, int], config: Supertile, devi
 
         def load(item, done):
             _, group, first, steps = place(item)
-            band, mask, tiles = band_ref[group], mask_ref[group], []
-            for p in range(c.pieces // 2):
-                high, low = divide(column_ref[group * (c.pieces // 2) + p], HALF)
-                tiles += [low, high]
 
-            def step(s, done):
+            def step(s, done):  # which reads again what it loads: the registers are too few to keep it
+                band, mask = band_ref[group], mask_ref[group]
+                tiles = [column_ref[group * (c.pieces // 2) + p] for p in range(c.pieces // 2)]
                 stage, batch = pipeline.wait_until_free(done), pl.ds((first + s) * c.tile_m, c.tile_m)
                 for r in range(c.rows):
                     read = jax.lax.rem(jax.lax.shift_right_logical(mask, r), 2) == 1
                     piece = jnp.where(read, band * c.rows + r, beyond)  # TMA fills in zeros
                     reads = x_ref.at[batch, pl.ds(piece * PIECE, PIECE)]
                     plgpu.copy_gmem_to_smem(reads, xs.at[stage, r], loaded.at[stage])
-                for p, tile in enumerate(tiles):
+                for p, tile in enumerate(half for both in tiles for half in divide(both, HALF)):
                     reads = dy_ref.at[batch, pl.ds(tile * c.tile_o, c.tile_o)]
                     plgpu.copy_gmem_to_smem(reads, dys.at[stage, p], loaded.at[stage])
                 return done + 1
