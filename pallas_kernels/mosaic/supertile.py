@@ -125,10 +125,10 @@ def supertile(x, dy, index: Any, block: tuple[int, int], config: Supertile, devi
             part, group, _, steps = place(item)
             mine = jax.lax.axis_index("wg")
             pieces = [group * c.pieces + COMPUTE * p + mine for p in range(own)]
-            places = [divide(at_ref[piece], c.pieces) for piece in pieces]
 
             def scoped(*accs):
                 def step(s, done):
+                    places = [divide(at_ref[piece], c.pieces) for piece in pieces]
                     stage = pipeline.wait_until_loaded(done)
                     for acc, (row, column) in zip(accs, places, strict=True):
                         plgpu.wgmma(acc, xs.at[stage, row].transpose((1, 0)), dys.at[stage, column])
