@@ -197,13 +197,13 @@ def _two_block_candidates(i: int, o: int, nnzb: int, rows: int) -> Iterator[Samp
 def _supertile_candidates(m: int, i: int, o: int, nnzb: int, rows: int, columns: int) -> Iterator[Supertile]:
     """As many sums as two warpgroups hold; in low bands where much is stored, in high ones where little is.
 
-    Many narrow tiles and a high band spill registers.
+    Narrow tiles of several blocks, and high bands of narrow tiles or of blocks of 16, spill registers.
     """
     if max(i, o) > PIECE or columns * o > 2**19:  # numbers of tiles are kept in 15 bits
         return
     found = []
-    for tile_o in {max(o, 32), PIECE}:
-        for band, stages in ((4, 3), (8, 2))[: tile_o // 32]:
+    for tile_o in {o, PIECE} - {16}:
+        for band, stages in ((4, 3), (8, 2)) if tile_o == PIECE and max(i, o) > 16 else ((4, 3),):
             cut = [
                 Supertile(tile_o, 32, band, 49_152 // (PIECE * tile_o), stages, splits)
                 for splits in range(1, 1 + min(8, -(-m // 512)))
