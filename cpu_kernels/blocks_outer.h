@@ -66,8 +66,8 @@ void outer_block(const Outer& p, const Sum<S>* x, const Strips<Sum<S>>& xs, int6
         for (int r = 0; r < rows.R; ++r)
           for (int v = 0; v < NV; ++v) sum[r][v] = load<L>(carry + (i + r) * W + v * L);
       multiply<rows.R, NV, L, false, true>(sum, x + xs.at(slice, i) + b * xs.stride, xs.stride,
-                                     dy + b * dy_stride, dy_stride, 1,
-                                     [&](int64_t) { return Step{0, 0, deep}; });
+                                           dy + b * dy_stride, dy_stride, 1,
+                                           [&](int64_t) { return Step{0, 0, deep}; });
       if (last) return finish<rows.R, NV, L, S>(sum, target, i);
       for (int r = 0; r < rows.R; ++r)
         for (int v = 0; v < NV; ++v) store<L>(carry + (i + r) * W + v * L, sum[r][v]);

@@ -26,7 +26,7 @@ constexpr int kRows = 8, kStripRows = 8;
 #endif
 
 // Vectors of the widest panel of a product of blocks, and rows of its tile: 24 sums of the 32 registers, which need 10
-// loads for 24 multiply-adds, where 8 rows of 2 vectors need 10 for 16. 1.05 to 1.1 times as fast.
+// loads for 24 multiply-adds, where 8 rows of 2 vectors need 10 for 16. 1.04 to 1.1 times as fast.
 #if defined(__AVX512F__)
 constexpr int kPanelVectors = 4, kRowsOfWidePanel = 6;
 #else
@@ -101,7 +101,7 @@ constexpr int64_t kRowsWorthPacking = 16;
 constexpr int64_t kWideBlock = 512;
 
 // Rows of an operand that are fetched ahead of the one in use. Without, the inner loop waits for the second-level cache:
-// with it blocks of 32 and 64 are 1.05 to 1.1 times as fast, and 1.03 to 1.1 times more by fetching the next block's
+// with it blocks of 32 and 64 are 1.0 to 1.1 times as fast, and 1.04 to 1.13 times more by fetching the next block's
 // rows of x. 8 instead of 12 makes no difference.
 constexpr int kFetchRows = 12;
 
