@@ -68,6 +68,10 @@ def ceilings(n: int) -> Callable[[], Result]:
 def checks(dry_run: bool) -> Iterator[Step]:
     blocks = (1, 16) if dry_run else (1, 16, 32, 64, 128)
     dtypes = ("float32",) if dry_run else ("bfloat16", "float16", "float32")
+    if "mosaic" in backends_here(dry_run, "bfloat16", (64, 64)):
+        for block, dtype in ((32, "float16"), (64, "bfloat16")):
+            name = f"check mosaic block {block} together {dtype} batch 1000"
+            yield Step(name, functools.partial(check, "mosaic", block, dtype, 1000, "together"))
     for block in blocks:
         for dtype in dtypes:
             for backend in backends_here(dry_run, dtype, (block, block)):
@@ -108,7 +112,10 @@ def check(backend: str, block: int, dtype: str, m: int, kind: str = "random") ->
 
 
 def _pattern(block: int, m: int, kind: str) -> BlockPattern:
-    """Blocks at random, which reach beyond the matrix; or single entries, whose indices have the dtype `kind`."""
+    """Blocks at random, which reach beyond the matrix, or, together, as many as the Mosaic kernels that share what they
+    load are taken for; or single entries, whose indices have the dtype `kind`."""
+    if kind == "together":
+        return BlockPattern.random(jax.random.key(m), (1024 - 3, 6144 - 5), density=0.4, block=block)
     if block > 1:
         return BlockPattern.random(jax.random.key(m), (5 * block - 3, 7 * block - 5), density=0.4, block=block)
     entries = next(case.pattern for case in testing.CASES if case.name == "empty rows and columns, unstructured")

@@ -1,7 +1,8 @@
 """What an H100 allows at best in a cell of `gpu.py`, by bytes and operations: predictions, made before any measurement.
 
 Every product takes as long as the busiest of arithmetic, memory (each array moved once) and the second-level cache
-(all that the programs of a kernel load). Launches, and whatever a kernel does worse than its limit, come on top.
+(all that the programs of a kernel load). Products of few columns wait for shared memory, and programs of the weight
+gradient for its last groups. Launches, and whatever a kernel does worse than its limit, come on top.
 """
 
 from __future__ import annotations
@@ -72,18 +73,20 @@ def _update(cell: Cell, stored: float) -> float:
 
 
 def _loaded(cell: Cell, mode: str) -> float:
-    """Bytes that the programs of a Mosaic kernel load, all together."""
+    """Bytes that the programs of a Mosaic kernel load, all together, or more that take as long as its products."""
     (i, o), m, item = cell.block, cell.batch, _item(cell)
     grid = cell.shape[0] // i, cell.shape[1] // o
     nnzb = cell.density * grid[0] * grid[1]
     if mode == "dW":
-        c = configs.for_sample(m, i, o, round(nnzb), grid[0])
-        return item * nnzb * o / (2 * c.tile_o) * max(1, i // c.tile_i) * m * (c.tile_i + 2 * c.tile_o)
+        sizes = m, i, o, round(nnzb), *grid
+        return configs.sampled(configs.for_sample(*sizes), *sizes) * item / 2
     inner, width, lines, features = (
         (i, o, grid[1], cell.shape[0]) if mode == "forward" else (o, i, grid[0], cell.shape[1])
     )
     sizes = m, features, inner, width, lines, round(nnzb)
-    return configs.loaded(configs.for_gather(*sizes), *sizes) * item / 2
+    c = configs.for_gather(*sizes)
+    products = 2 * m * nnzb * inner * width * configs.waits(c.tile_n) / configs.OPERATIONS
+    return max(configs.loaded(c, *sizes), products) * item / 2
 
 
 def _item(cell: Cell) -> int:

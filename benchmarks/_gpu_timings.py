@@ -84,10 +84,10 @@ def _tune(kernel: str, block: int, m: int, size: int, dry_run: bool) -> Callable
     if kernel == "gather":
         candidates = list(configs.candidates_for_gather(m, size, block, block, lines, pattern.nnzb))
     else:
-        candidates = list(configs.candidates_for_sample(block, block, pattern.nnzb, lines))
+        candidates = list(configs.candidates_for_sample(m, block, block, pattern.nnzb, lines, lines))
     if dry_run:
         return lambda: {"candidates": [c._asdict() for c in candidates], "skipped": "a dry run"}
-    from pallas_kernels.mosaic import multiply, sample
+    from pallas_kernels.mosaic import multiply
 
     for config in candidates:
         if kernel == "gather":
@@ -95,7 +95,7 @@ def _tune(kernel: str, block: int, m: int, size: int, dry_run: bool) -> Callable
                 x, w, lines_of(index, False), None, c, device, transposed=False, activation=None
             )
         else:
-            f = lambda x, dy, index, c=config: sample.sample(x, dy, index, (block, block), c, device)  # noqa: E731
+            f = lambda x, dy, index, c=config: multiply.sample(x, dy, index, (block, block), c, device)  # noqa: E731
         program = Program(f, x, blocks if kernel == "gather" else x, pattern.index)
         programs[json.dumps(config._asdict())] = program
     programs, notes = compiled(programs)

@@ -88,8 +88,15 @@ def products(gpu, block: int, m: int, dtype, lines: int = 32, nnzb: int = 200) -
     return {
         "forward": report(gelu, x, blocks, index, bias),
         "input gradient": report(functools.partial(mosaic.spmm, **sizes, transposed=True), x, blocks, index),
-        "weight gradient": report(functools.partial(mosaic.sddmm, **sizes), x, x, index),
+        "weight gradient": sampled(gpu, block, m, dtype, lines, nnzb),
     }
+
+
+def sampled(gpu, block: int, m: int, dtype, lines: int, nnzb: int) -> dict:
+    size = lines * block
+    (x,) = arrays(gpu, ((m, size), dtype))
+    one = functools.partial(mosaic.sddmm, shape=(size, size), block=(block, block))
+    return report(one, x, x, pattern(gpu, lines, nnzb))
 
 
 def collectives(gpus) -> list[str]:
@@ -128,5 +135,7 @@ if __name__ == "__main__":
     }
     result |= {"blocks of 32, float16": products(gpu, 32, 8192, jnp.float16)}
     result |= {"lines together": products(gpu, 64, 8192, jnp.bfloat16, 64, 1024)}
+    small = {f"weight gradient of {b}": sampled(gpu, b, 8192, jnp.bfloat16, 2048 // b, 40_960 // b) for b in (16, 32)}
+    result |= {"pieces together": small}
     xla = {f"{what}, {block}": loops(gpu, limit, block) for what, limit in FORMS.items() for block in (16, 1)}
     print(json.dumps({"kernels": result, "collectives": collectives(mesh(8)), "XLA's loops": xla}))

@@ -92,15 +92,39 @@ def together(columns, tile, block, shape, m, cluster, dtype=jnp.bfloat16):
     products(shape, block, m, dtype)
 
 
+def pieces(config, shape, block, m, dtype):
+    """Programs that sum several pieces of the weight gradient, also under vmap."""
+    WANTED.intersection_update({"dW"})
+    configs.for_sample = lambda *_: config
+    products(shape, block, m, dtype)
+    pattern = BlockPattern.banded((128, 64), 1, block)
+    x, dy = testing.normal(0, (2, 40, 128), dtype), testing.normal(1, (2, 40, 64), dtype)
+    one = functools.partial(mosaic.sddmm, shape=pattern.shape, block=pattern.block)
+    got = jax.vmap(lambda x, dy: one(x, dy, pattern.index))(x, dy)
+    assert jnp.array_equal(got[1], one(x[1], dy[1], pattern.index))
+
+
+def alone(shape, block, m, dtype):
+    """Programs that hold two blocks of the weight gradient, where others may be taken."""
+    with configs.line_by_line():
+        products(shape, block, m, dtype)
+
+
 CASES = {
-    "blocks of 64, every size ragged": lambda: products((200, 300), (64, 64), 100, jnp.bfloat16),
+    "blocks of 64, every size ragged": lambda: alone((200, 300), (64, 64), 100, jnp.bfloat16),
     "blocks of 128": lambda: products((384, 256), (128, 128), 129, jnp.float16),
     "blocks of 64x128": lambda: products((256, 384), (64, 128), 8, jnp.bfloat16),
-    "blocks of 16x32": lambda: products((100, 130), (16, 32), 7, jnp.float16),
+    "blocks of 16x32": lambda: alone((100, 130), (16, 32), 7, jnp.float16),
     "block-diagonal": lambda: (diagonal(3, (64, 256), 72, jnp.bfloat16), epilogues(), mapped()),
     "clusters": clusters,
     "lines together": lambda: together(4, (64, 64), (64, 64), (200, 360), 200, 2),
     "lines together, in parts": lambda: together(4, (32, 32), (64, 32), (192, 160), 72, 1, jnp.float16),
+    "pieces together": lambda: pieces(
+        configs.Supertile(64, 32, 2, 4, 2, splits=3), (200, 300), (64, 64), 100, jnp.bfloat16
+    ),
+    "pieces together, of several blocks": lambda: pieces(
+        configs.Supertile(32, 32, 2, 6, 2, splits=1), (200, 150), (32, 16), 50, jnp.float16
+    ),
 }
 
 

@@ -79,6 +79,21 @@ def test_each_call_is_expected_to_fit_its_six_minutes(monkeypatch):
     assert gpu._too_long() == ["call 1 takes too long"]
 
 
+@pytest.mark.parametrize("block", [32, 64])
+def test_the_kernels_that_share_what_they_load_are_checked(block, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import _gpu_checks
+    from pallas_kernels.mosaic import configs
+
+    pattern, m = _gpu_checks._pattern(block, 1000, "together"), 1000
+    rows, columns = pattern.grid
+    assert isinstance(configs.for_gather(m, rows * block, block, block, columns, pattern.nnzb), configs.Union)
+    assert isinstance(configs.for_sample(m, block, block, pattern.nnzb, rows, columns), configs.Supertile)
+    with _gpu_checks.as_on_an_h100():
+        names = [step.name for step in _gpu_checks.checks(dry_run=False)]
+    assert any(name.startswith(f"check mosaic block {block} together") for name in names)
+
+
 def test_a_wrong_kernel_fails_its_step_alone(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import _gpu_checks, gpu

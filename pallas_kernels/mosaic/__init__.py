@@ -64,15 +64,20 @@ def _product(x, blocks, index, bias, nnzb: int | None, *, shape, block, transpos
 
 def sddmm(x, dy, index, *, shape: tuple[int, int], block: tuple[int, int], precision=None):
     """Returns the blocks of x^T dy that W stores, for x [m, in] and dy [m, out]."""
+    return _outer(x, dy, index, block, index.col_ptr.shape[0] - 1)
+
+
+def _outer(x, dy, index, block: tuple[int, int], columns: int | None):
+    """The same; columns is their number, or None where no two blocks share a row or a column."""
     values = index.row_index.shape[0], *block
     if 0 in (x.shape[0], values[0]):
         return jnp.zeros(values, x.dtype)
-    from pallas_kernels.mosaic import configs, sample
+    from pallas_kernels.mosaic import configs, multiply
 
-    (i, o), device = block, describe()
+    (i, o), device, rows = block, describe(), index.row_ptr.shape[0] - 1
     x, dy = _padded(x, 8, max(i, 64)), _padded(dy, 8, max(o, 64))
-    config = configs.for_sample(x.shape[0], i, o, values[0], index.row_ptr.shape[0] - 1, device.kind)
-    return sample.sample(x, dy, index, block, config, device)
+    config = configs.for_sample(x.shape[0], i, o, values[0], rows, columns, device.kind)
+    return multiply.sample(x, dy, index, block, config, device)
 
 
 def spmm_grads(x, dy, blocks, index, *, shape, block, precision=None):
@@ -89,9 +94,8 @@ def block_diag_matmul(x, blocks, bias=None, *, transposed: bool = False, activat
 
 def block_diag_outer(x, dy, num_blocks: int, *, precision=None):
     """Returns the n products [i, o] of the slices of x [m, n*i] and dy [m, n*o]."""
-    shape = x.shape[1], dy.shape[1]
     block = x.shape[1] // num_blocks, dy.shape[1] // num_blocks
-    return sddmm(x, dy, diagonal(num_blocks), shape=shape, block=block)
+    return _outer(x, dy, diagonal(num_blocks), block, None)
 
 
 def _padded(x, *multiples: int):

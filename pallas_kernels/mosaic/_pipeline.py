@@ -1,4 +1,4 @@
-"""What both kernels are made of: warpgroups with one task each, and the stages of memory between them."""
+"""What all kernels are made of: warpgroups with one task each, and the stages of memory between them."""
 
 import dataclasses
 from collections.abc import Callable

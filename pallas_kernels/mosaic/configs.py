@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import functools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,10 @@ from typing import Any, NamedTuple
 SHARED_MEMORY = 232_448 - 1024  # bytes a program may use on Hopper, less what the barriers take
 MEASURED = Path(__file__).with_name("measured.json")  # {kind of GPU: {key: fields}}, written by benchmarks/gpu.py
 CACHED = 2**24  # bytes of x that are worth keeping in the level-2 cache of 50 MB while blocks pass by
+PIECE = 64  # rows that a tensor core makes at least
+PROGRAMS = 132  # multiprocessors of an H100
+DRAWING = 59  # of them draw all that its level-2 cache gives, 6.65 TB/s, at 64 bytes a clock each
+OPERATIONS = 149  # of its tensor cores, 989 TFLOP/s, for each byte of that
 _ITEM = 2  # bytes of a number
 _line_by_line = contextvars.ContextVar("line_by_line", default=False)
 
@@ -66,6 +71,23 @@ class Sample(NamedTuple):
         return _ITEM * (self.stages * self.tile_m * (self.tile_i + 2 * self.tile_o) + 2 * self.tile_i * self.tile_o)
 
 
+class Supertile(NamedTuple):
+    """Tiles of the weight gradient by the kernel whose programs hold several pieces of it."""
+
+    tile_o: int  # columns of a piece, which those of a block divide
+    tile_m: int  # summed rows of one product
+    rows: int  # pieces below each other in a band
+    pieces: int  # of a program, an even number
+    stages: int
+    splits: int  # parts of the batch, each summed by a program of its own
+
+    @property
+    def shared_memory(self) -> int:
+        stage = self.tile_m * (self.rows * PIECE + self.pieces * self.tile_o)
+        out = 2 * PIECE * self.tile_o * (4 if self.splits > 1 else _ITEM)
+        return _ITEM * self.stages * stage + out
+
+
 def for_gather(
     m: int, features: int, inner: int, width: int, lines: int, nnzb: int | None = None, kind: str = ""
 ) -> Gather | Union:
@@ -77,7 +99,7 @@ def for_gather(
 
 @contextlib.contextmanager
 def line_by_line():
-    """What is lowered inside has the kernel whose programs hold one line alone: to be compared with the other."""
+    """What is lowered inside has the kernels whose programs hold one line, or two blocks: the others' measure."""
     token = _line_by_line.set(True)
     try:
         yield
@@ -85,9 +107,13 @@ def line_by_line():
         _line_by_line.reset(token)
 
 
-def for_sample(m: int, i: int, o: int, nnzb: int, rows: int, kind: str = "") -> Sample:
-    """The configuration of nnzb sampled blocks [i, o], in `rows` block rows, summed over m."""
-    return _measured(kind).get(key("sample", m, i, o)) or next(candidates_for_sample(i, o, nnzb, rows))
+def for_sample(
+    m: int, i: int, o: int, nnzb: int, rows: int, columns: int | None = None, kind: str = ""
+) -> Sample | Supertile:
+    """The configuration of nnzb sampled blocks [i, o], in so many block rows and columns, summed over m; where
+    `columns` is None, no two blocks share a row or a column."""
+    measured = None if _line_by_line.get() else _measured(kind).get(key("sample", m, i, o))
+    return measured or next(candidates_for_sample(m, i, o, nnzb, rows, columns))
 
 
 def candidates_for_gather(
@@ -146,13 +172,92 @@ def _union_candidates(m: int, features: int, inner: int, width: int, lines: int,
             yield from _deepest(Union(128, tile_n, tile_k, columns, 8, 384 // tile_n, band, 2))
 
 
-def candidates_for_sample(i: int, o: int, nnzb: int, rows: int) -> Iterator[Sample]:
-    """The same for the weight gradient: a row of a single piece would leave a warpgroup idle, so it gets two."""
-    tile_i, tile_o = max(64, _divisor(i, 128)), _divisor(o, 128)
+def candidates_for_sample(
+    m: int, i: int, o: int, nnzb: int, rows: int, columns: int | None = None
+) -> Iterator[Sample | Supertile]:
+    """The same for the weight gradient."""
+    sizes = m, i, o, nnzb, rows, columns or rows
+    alone = list(_two_block_candidates(i, o, nnzb, rows))
+    together = [] if columns is None or _line_by_line.get() else list(_supertile_candidates(*sizes))
+    if together and sampled(together[0], *sizes) < sampled(alone[0], *sizes):
+        yield from (*together, *alone)
+    else:
+        yield from (*alone, *together)
+
+
+def _two_block_candidates(i: int, o: int, nnzb: int, rows: int) -> Iterator[Sample]:
+    """A row of a single piece would leave a warpgroup idle, so it gets two."""
+    tile_i, tile_o = max(PIECE, _divisor(i, 128)), _divisor(o, 128)
     if nnzb * (o // tile_o) < 1.5 * rows and tile_o >= 32:
         tile_o //= 2
     for width in (tile_o, tile_o // 2) if tile_o >= 64 else (tile_o,):
         yield from _deepest(Sample(tile_i, width, 64, 6))
+
+
+def _supertile_candidates(m: int, i: int, o: int, nnzb: int, rows: int, columns: int) -> Iterator[Supertile]:
+    """As many sums as two warpgroups hold; in low bands where much is stored, in high ones where little is.
+
+    Narrow tiles of several blocks, and high bands of narrow tiles or of blocks of 16, spill registers.
+    """
+    if max(i, o) > PIECE or columns * o > 2**19:  # numbers of tiles are kept in 15 bits
+        return
+    found = []
+    for tile_o in {o, PIECE} - {16}:
+        for band, stages in ((4, 3), (8, 2)) if tile_o == PIECE and max(i, o) > 16 else ((4, 3),):
+            cut = [
+                Supertile(tile_o, 32, band, 49_152 // (PIECE * tile_o), stages, splits)
+                for splits in range(1, 1 + min(8, -(-m // 512)))
+            ]
+            found.append(min(cut, key=lambda config: sampled(config, m, i, o, nnzb, rows, columns)))
+    yield from sorted(found, key=lambda config: sampled(config, m, i, o, nnzb, rows, columns))
+
+
+def sampled(config: Sample | Supertile, m: int, i: int, o: int, nnzb: int, rows: int, columns: int) -> float:
+    """How long all programs take, the blocks lying at random, in bytes that the level-2 cache gives meanwhile.
+
+    The busier of the cache and of the tensor cores counts. Sums of parts of the batch are written meanwhile, and read
+    afterwards from memory, at half the rate of the cache.
+    """
+    c = config
+    if isinstance(c, Sample):
+        items = (nnzb * (o // c.tile_o) + rows / 2) // 2 * max(1, i // c.tile_i)
+        return m * _slowest(items, c.tile_i + 2 * c.tile_o, 2 * c.tile_i * c.tile_o, c.tile_o)
+    groups, x_tiles, dy_tiles = groups_of(c, i, o, nnzb, rows, columns)
+    loads, products = x_tiles * PIECE + dy_tiles * c.tile_o, c.pieces * PIECE * c.tile_o
+    sums = (4 * c.splits + 2 * (4 * c.splits + _ITEM)) * nnzb * i * o if c.splits > 1 else 0
+    return m / c.splits * _slowest(groups * c.splits, loads, products, c.tile_o) + sums
+
+
+def groups_of(c: Supertile, i: int, o: int, nnzb: int, rows: int, columns: int) -> tuple[float, float, float]:
+    """How many groups of pieces there are, and how many tiles of x and of dy one loads, the blocks lying at random."""
+    pieces, tiles = -(-rows * i // PIECE), -(-columns * o // c.tile_o)
+    stored = 1 - (1 - nnzb / (rows * columns)) ** (PIECE // i * (c.tile_o // o))
+    bands = -(-pieces // c.rows)
+    high = pieces / bands
+    in_band = stored * high * tiles
+    groups = max(1, in_band / c.pieces + 0.5)  # in a band, whose last group is half full
+    x_tiles = high * (1 - (1 - 1 / high) ** (in_band / groups))
+    dy_tiles = (tiles * (1 - (1 - stored) ** high) + groups - 1) / groups  # two groups share the tile between them
+    return bands * groups, x_tiles, dy_tiles
+
+
+def _slowest(items: float, loads: float, products: float, tile_n: int) -> float:
+    """The same for items of work that load and multiply so many numbers for each row of the batch.
+
+    Programs that have nothing left to do leave the cache to the others, but not their tensor cores.
+    """
+    whole, rest = divmod(items, PROGRAMS)
+    drawing = whole * PROGRAMS + (max(rest, DRAWING) if rest else 0)
+    multiplied = products * PROGRAMS * math.ceil(items / PROGRAMS)
+    return max(_ITEM * loads * drawing, 2 * multiplied * waits(tile_n) / OPERATIONS)
+
+
+def waits(tile_n: int) -> float:
+    """How many times as long a product of 64 rows and so many columns takes as tensor cores need for it.
+
+    Both operands come from shared memory, at 128 bytes a clock.
+    """
+    return max(1, (PIECE + tile_n) / (2 * tile_n))
 
 
 def key(kernel: str, m: int, *block: int) -> str:
@@ -179,6 +284,6 @@ def _measured(kind: str) -> dict[str, Any]:
     return {name: of_fields(fields) for name, fields in table.items()}
 
 
-def of_fields(fields: dict[str, int]) -> Gather | Union | Sample:
+def of_fields(fields: dict[str, int]) -> Gather | Union | Sample | Supertile:
     """The configuration that has just these fields."""
-    return next(kind(**fields) for kind in (Gather, Union, Sample) if set(kind._fields) == set(fields))
+    return next(kind(**fields) for kind in (Gather, Union, Sample, Supertile) if set(kind._fields) == set(fields))
