@@ -59,19 +59,24 @@ ALWAYS_INLINE void clear(V (&sum)[R][NV]) {
 
 // sum[r][..] += over d < depth:  a[r, d] * b[d, vector]
 // with rows of b `b_stride` apart; a is read a number at a time, at r * a_stride + d (kByRow)
-// or at r + d * a_stride. What is read from end to end is fetched ahead (kFetches).
+// or at r + d * a_stride. With kFetches one of them is fetched ahead, where the loads leave time for it: b, if a step
+// reads whole lines of it, or a's strips, if a vector is a line.
 template <int R, int NV, int L, bool kByRow, bool kFetches, class SA, class SB>
 ALWAYS_INLINE void multiply_run(Vector<Sum<SA>, L> (&sum)[R][NV], const SA* a, int64_t a_stride, const SB* b,
                                 int64_t b_stride, int64_t depth) {
+  constexpr int kPerLine = most<int>(1, 64 / (L * sizeof(SB)));
+#if defined(__AVX512F__)  // in registers here, or the loop loads them from the stack; with 16 of them 3 % slower
+  asm("" : "+r"(b_stride), "+r"(depth));
+  if (!kByRow) asm("" : "+r"(a_stride));
+#endif
   for (int64_t i = 0; i < depth; ++i, b += b_stride, a += kByRow ? 1 : a_stride) {
     Vector<Sum<SA>, L> v[NV];
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) v[j] = load<L>(b + j * L);
-    if (kFetches) {
+    if (kFetches && kByRow && NV >= kPerLine)
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) __builtin_prefetch(b + kFetchRows * b_stride + j * L);
-      if (!kByRow) __builtin_prefetch(a + kFetchRows * a_stride);
-    }
+      for (int j = 0; j < NV; j += kPerLine) __builtin_prefetch(b + kFetchRows * b_stride + j * L);
+    if (kFetches && !kByRow && kPerLine == 1) __builtin_prefetch(a + kFetchRows * a_stride);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vector<Sum<SA>, L> s = splat<L>(widen(a[kByRow ? r * a_stride : r]));
@@ -81,10 +86,10 @@ ALWAYS_INLINE void multiply_run(Vector<Sum<SA>, L> (&sum)[R][NV], const SA* a, i
   }
 }
 
-// The numbers of R rows that step e + 1 reads, while step e is summed.
+// What R rows begin with in step e + 1, while step e is summed; the hardware goes on from there.
 template <int R, class S>
 ALWAYS_INLINE void fetch_rows(const S* a, int64_t stride, const Step& step) {
-  for (int64_t i = 0; i < step.depth; i += 64 / sizeof(S))
+  for (int64_t i = 0; i < least<int64_t>(step.depth, kFetchedOfRow / sizeof(S)); i += 64 / sizeof(S))
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) __builtin_prefetch(a + step.a + r * stride + i);
 }

@@ -29,7 +29,8 @@ void add_blocks(const Part<S>& part) {
                   least(p.depth, p.in - offset)};
     };
     for_rows<kRows>(0, p.width, [&](int64_t j, auto rows) {
-      Vector<A, L> sum[rows.R][NV] = {};
+      Vector<A, L> sum[rows.R][NV];
+      clear(sum);
       multiply<rows.R, NV, L, kTransposed, false>(
           sum, static_cast<const S*>(p.values) + (kTransposed ? j * p.depth : j),
           kTransposed ? p.depth : p.width, part.tile, T, lines.ptr[n + 1] - begin, where);
