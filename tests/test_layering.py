@@ -67,7 +67,8 @@ TABLE = {
     "jaxsparse/formats/_parts.py": NUMERIC | FORMATS,
     "jaxsparse/formats/n_m.py": NUMERIC | BASE | {"jaxsparse.formats.block"},
     "jaxsparse/reference.py": {"numpy", "jaxsparse.formats"},
-    "jaxsparse/_xla.py": NUMERIC | BASE,
+    "jaxsparse/_xla.py": NUMERIC | BASE | {"jaxsparse._xla_walk"},
+    "jaxsparse/_xla_walk.py": NUMERIC | BASE,
     "jaxsparse/_measured.py": {"jaxsparse._sizes"},
     "jaxsparse/_backends.py": {
         "jax",
