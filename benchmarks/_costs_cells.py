@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxsparse._sizes import is_unstructured
 from jaxsparse.costs import layers, model
 from jaxsparse.costs.layers import Layer
 from jaxsparse.costs.machine import Profile
@@ -144,7 +145,7 @@ def _cpu(folder: Path, here: Profile) -> Iterator[Cell]:
         if cell["num_blocks"]:
             layer = layers.block_diag(*place)
         else:
-            layer = layers.sparse(*place) if block == (1, 1) else layers.block_sparse(*place, block)
+            layer = layers.sparse(*place) if is_unstructured(block) else layers.block_sparse(*place, block)
         yield _beside(cell, layer, there, "JAX dense", WORDS[cell["optimizer"]] if cell["mode"] == "training" else 0)
 
 

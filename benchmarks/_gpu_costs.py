@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import jax  # noqa: E402
 
 from benchmarks import _annotations, _gpu_cells  # noqa: E402, F401  annotations come first
+from jaxsparse._sizes import is_unstructured  # noqa: E402
 
 
 def measured(only: list[str]) -> None:
@@ -31,7 +32,7 @@ def measured(only: list[str]) -> None:
     for cell in _gpu_cells.deciding():
         if cell.name not in only:
             continue
-        backends = ["triton"] if cell.block == (1, 1) else ["mosaic", "triton"]
+        backends = ["triton"] if is_unstructured(cell.block) else ["mosaic", "triton"]
         for name, program in _gpu_cells.contenders(cell, backends).items():
             shapes = jax.tree.map(lambda a: mosaic_compiled.arrays(gpu, (a.shape, a.dtype))[0], program.operands)
             begin = time.process_time()

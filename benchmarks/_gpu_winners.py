@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks import _gpu_cells
 from jaxsparse._measured import Result, Workload
+from jaxsparse._sizes import is_unstructured
 
 MARGIN = 1.03  # times as fast as XLA, below which XLA stays the choice
 # Which products a mode times, the one that it times alone first; a step decides where nothing timed a product alone.
@@ -35,6 +36,6 @@ def _results(cell: _gpu_cells.Cell, ms: Mapping[str, float], run: str) -> Iterat
         best, times_as_fast = "xla", 1.0
     ops = _OF_DIAGONAL if cell.family == "block-diagonal" else _OF_SPARSE
     for op in ops[cell.mode]:
-        if op != "spmm_grads" or cell.block == (1, 1):
+        if op != "spmm_grads" or is_unstructured(cell.block):
             work = Workload(op, cell.dtype, cell.block, cell.batch, cell.density)
             yield Result(work, best, round(times_as_fast, 3), run)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxsparse import BlockPattern
+from jaxsparse._sizes import is_unstructured
 
 RATE = 1e-12  # of every optimizer: contenders share their weights, which should stay what the check expects
 LARGEST_DENSE = 1e9  # bytes of one dense weight; what would need more says so instead of running
@@ -32,7 +33,7 @@ class Cell:
         mode = "forward" if self.mode == "forward" else f"training ({self.optimizer})"
         if self.num_blocks:
             return f"F={self.block[0]} M={self.num_blocks} batch {self.batch}, {mode}"
-        kind = "" if self.block == (1, 1) else f"blocks {self.block[0]}x{self.block[1]} "
+        kind = "" if is_unstructured(self.block) else f"blocks {self.block[0]}x{self.block[1]} "
         return f"{kind}{self.density:.0%} batch {self.batch} {self.shape[0]}x{self.shape[1]}, {mode}"
 
     @property

@@ -11,7 +11,7 @@ JAX is imported where it is used: the same kernels run without it (`cpu_kernels.
 
 import numpy as np
 
-from cpu_kernels._library import library_file, load, why_not_loaded
+from cpu_kernels._library import library_file, load, products, why_not_loaded
 
 __all__ = [
     "block_diag_matmul",
@@ -28,7 +28,6 @@ __all__ = [
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _ACTIVATIONS = (None, "relu", "gelu", "silu")
-PRODUCTS = ("spmm", "sddmm", "spmm_grads", "block_diag_matmul", "block_diag_outer", "n_m_spmm")
 
 
 def why_not(op: str, dtype, block: tuple[int, int], platform: str, elsewhere: bool = False) -> str | None:
@@ -36,13 +35,13 @@ def why_not(op: str, dtype, block: tuple[int, int], platform: str, elsewhere: bo
     where the program is for another machine (`elsewhere`)."""
     if platform != "cpu":
         return f"these kernels run on a CPU, not on {platform}"
-    if op not in PRODUCTS:
-        return f"there is no kernel {op}; there are {', '.join(PRODUCTS)}"
     if (name := np.dtype(dtype).name) not in _DTYPES:
         return f"dtype {name} is not one of {', '.join(_DTYPES)}"
     if op == "spmm_grads" and tuple(block) != (1, 1):
         return f"spmm_grads is for block (1, 1), not {tuple(block)}: use spmm and sddmm"
-    return why_not_loaded()
+    if reason := why_not_loaded():
+        return reason
+    return None if op in products() else f"there is no kernel {op}; there are {', '.join(products())}"
 
 
 def spmm(

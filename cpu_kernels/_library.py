@@ -79,7 +79,14 @@ def opened() -> ctypes.CDLL:
     library = ctypes.CDLL(str(library_file()))
     library.jaxsparse_cpu_isa.restype = ctypes.c_char_p
     library.jaxsparse_cpu_use_isa.argtypes = [ctypes.c_char_p]
+    library.jaxsparse_cpu_products.restype = ctypes.c_char_p
     return library
+
+
+@functools.cache
+def products() -> tuple[str, ...]:
+    """The products that the library has, by name; none where it can't be opened."""
+    return () if why_not_opened() else tuple(opened().jaxsparse_cpu_products().decode().split())
 
 
 @functools.cache
@@ -87,7 +94,7 @@ def _registered() -> ctypes.CDLL:
     import jax
 
     library = opened()
-    for name in cpu_kernels.PRODUCTS:
+    for name in products():
         handler = jax.ffi.pycapsule(getattr(library, f"jaxsparse_cpu_{name}"))
         jax.ffi.register_ffi_target(f"jaxsparse_cpu_{name}", handler, platform="cpu")
     return library

@@ -6,6 +6,7 @@
 #include <numeric>
 #include <vector>
 
+#include "choose.h"
 #include "parallel.h"
 
 namespace jaxsparse_cpu {
@@ -89,26 +90,24 @@ struct Diagonal {
   }
 };
 
-// Rows that are summed before their sum joins the others: the error of one long sum would grow with its length.
-constexpr int64_t kRun = 64;
-constexpr int64_t kColumns = 64;  // that a task sums side by side
-
 template <class S>
 struct ColumnSums {
   int64_t rows, columns;
   const S* x;
   S* sums;
 
-  static void run(const void* self, int64_t task, int) { static_cast<const ColumnSums*>(self)->sum(task * kColumns); }
+  static void run(const void* self, int64_t task, int) {
+    static_cast<const ColumnSums*>(self)->sum(task * kColumnsOfSums);
+  }
   void sum(int64_t first) const {
-    const int64_t count = std::min(kColumns, columns - first);
-    S total[kColumns] = {};
+    const int64_t count = std::min(kColumnsOfSums, columns - first);
+    S total[kColumnsOfSums] = {};
     for (int64_t row = 0; row < rows; row += kRun) {
-      S some[kColumns] = {};
+      S some[kColumnsOfSums] = {};
       const S* from = x + row * columns + first;
       for (int64_t r = std::min(kRun, rows - row); r > 0; --r, from += columns)
-        if (count == kColumns)
-          for (int64_t c = 0; c < kColumns; ++c) some[c] += from[c];
+        if (count == kColumnsOfSums)
+          for (int64_t c = 0; c < kColumnsOfSums; ++c) some[c] += from[c];
         else
           for (int64_t c = 0; c < count; ++c) some[c] += from[c];
       for (int64_t c = 0; c < count; ++c) total[c] += some[c];
@@ -122,7 +121,7 @@ void sum_columns(const Buffer& x, const Buffer& sums, const Pool& pool) {
   const int64_t columns = sums.count();
   const ColumnSums<S> work{columns ? x.count() / columns : 0, columns, static_cast<const S*>(x.data),
                            static_cast<S*>(sums.data)};
-  const Phase phase{(columns + kColumns - 1) / kColumns, ColumnSums<S>::run, &work};
+  const Phase phase{(columns + kColumnsOfSums - 1) / kColumnsOfSums, ColumnSums<S>::run, &work};
   run_phases(pool, workers_for(pool, double(x.count())), &phase, 1);
 }
 

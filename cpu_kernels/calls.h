@@ -33,8 +33,8 @@ struct Sizes {
   int64_t in, out, block_in, block_out;
 };
 
-// x, y, dx and dy are [..., features] with the same leading dimensions, and an empty bias is none. Each call returns an empty
-// string, or what is wrong with the arguments, with the numbers.
+// x, y, dx and dy are [..., features] with the same leading dimensions, and an empty bias is none. Each call returns an
+// empty string, or what is wrong with the arguments, with the numbers.
 std::string call_spmm(const Buffer& x, const Buffer& values, const Index& index, const Buffer& bias, const Buffer& y,
                       const Sizes& sizes, bool transposed, int64_t activation, const Pool& pool);
 std::string call_sddmm(const Buffer& x, const Buffer& dy, const Index& index, const Buffer& values,

@@ -2,6 +2,7 @@
 // has the runs: float32, AVX-512, 2048 x 2048 and batch 256 unless said otherwise.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace jaxsparse_cpu {
@@ -14,6 +15,23 @@ constexpr double kFmasPerWorker = 1e6;
 // What an entry of a product over tiles costs, in multiply-adds: a few cycles of its own, and twice the loads of a
 // block's for each row.
 constexpr double kFmasPerEntry = 24, kFmasPerEntryAndRow = 2;
+
+// What a line costs beside its entries, in entries, where lines are shared out: an empty one too is written. Shares of
+// so many lines end at whole vectors of results. Estimates.
+constexpr int64_t kEntriesPerLine = 4, kLinesWorthRounding = 64;
+
+// Tasks for each worker where their sizes are free: the last to end is then not long alone. An estimate.
+constexpr int64_t kTasksPerWorker = 8;
+
+// Looks at a phase's counter before a thread that waits for the others gives up its core. An estimate.
+constexpr int kLooks = 4096;
+
+// ---- scratch memory --------------------------------------------------------------------------
+
+// Buffers that are kept for the next call, and their bytes together: what a step of training takes in turns. An
+// estimate.
+constexpr int kKeptBuffers = 8;
+constexpr size_t kKeptBytes = size_t{64} << 20;
 
 // ---- register tiles --------------------------------------------------------------------------
 
@@ -37,7 +55,20 @@ constexpr int kPanelVectors = 2, kRowsOfWidePanel = kRows;
 // err in proportion to its length; in runs the error is that of a blocked dense product.
 constexpr int64_t kRun = 64;
 
+// Columns that one task of the gradient of a bias sums side by side. An estimate.
+constexpr int64_t kColumnsOfSums = 64;
+
 // ---- single entries and short blocks, over batch-minor tiles ---------------------------------
+
+// Vectors of the widest tile: of single entries, whose sums stay in registers, and of short blocks, which hold a tile
+// of sums for each row. Estimates.
+constexpr int kTileVectors = 4, kTileVectorsOfBlocks = 2;
+
+// Sums in flight that hide the latency of the multiply-add: short tiles keep several for each vector. An estimate.
+constexpr int kSumsInFlight = 8, kVectorsWithoutChains = 4;
+
+// Features that one task packs into tiles. An estimate.
+constexpr int64_t kFeaturesPerSlab = 64;
 
 // Bytes of packed tiles at a time: what many cores share as their last cache.
 constexpr int64_t kRoundBytes = 16 << 20;
@@ -90,6 +121,9 @@ constexpr int64_t kEntriesPerGradSlice = 48;
 // Lines that one part of the gradients takes at most: their operand and their sums share that cache too. Parts of 256
 // lines are no faster.
 constexpr int64_t kLinesPerPart = 512;
+
+// Slabs of features that tiles of the gradients are packed by, and parts for each worker. Estimates.
+constexpr int64_t kGradSlabs = 16, kGradPartsPerWorker = 2;
 
 // ---- blocks ----------------------------------------------------------------------------------
 

@@ -108,7 +108,11 @@ HANDLER(jaxsparse_cpu_block_diag_outer, BlockDiagOuter,
             .Arg<ffi::AnyBuffer>()
             .Ret<ffi::AnyBuffer>())
 
-// Asked from Python by ctypes.
+// Asked from Python by ctypes, which registers a handler for each of these names.
+#define NAME(product, Arguments) #product " "
+extern "C" EXPORTED const char* jaxsparse_cpu_products() { return JAXSPARSE_PRODUCTS(NAME); }
+#undef NAME
+
 extern "C" EXPORTED int jaxsparse_cpu_ffi_major() { return XLA_FFI_API_MAJOR; }
 extern "C" EXPORTED int jaxsparse_cpu_ffi_minor() { return XLA_FFI_API_MINOR; }
 extern "C" EXPORTED const char* jaxsparse_cpu_isa() { return isa(); }

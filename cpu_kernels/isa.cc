@@ -31,8 +31,8 @@ bool run_spmm(const Product& p, const Pool& pool) {
   return with_dtype(p.dtype, [&](auto zero) {
     using S = decltype(zero);
     if (p.depth == 1 && p.width == 1)
-      return p.m == 1 ? one_row_spmm<S>(p, pool) : tiled_spmm<S, 4, false>(p, pool);
-    return is_short<S>(p) ? tiled_spmm<S, 2, true>(p, pool) : block_spmm<S>(p, pool);
+      return p.m == 1 ? one_row_spmm<S>(p, pool) : tiled_spmm<S, kTileVectors, false>(p, pool);
+    return is_short<S>(p) ? tiled_spmm<S, kTileVectorsOfBlocks, true>(p, pool) : block_spmm<S>(p, pool);
   });
 }
 

@@ -60,9 +60,9 @@ struct Gradients {
   Lines lines;
 };
 
-// y[rows, out] = activation(x[rows, in] W + bias), or, transposed, of x[rows, out] W^T. Of every m rows of W n are stored
-// in each column: values[groups, n, out] in ascending order, where bits[groups, out], of 8 bits up to m = 8 and else of
-// 32, say.
+// y[rows, out] = activation(x[rows, in] W + bias), or, transposed, of x[rows, out] W^T. Of every m rows of W n are
+// stored in each column: values[groups, n, out] in ascending order, where bits[groups, out], of 8 bits up to m = 8 and
+// else of 32, say.
 struct NM {
   Dtype dtype;
   int64_t rows, in, out, groups, n, m;
@@ -72,10 +72,25 @@ struct NM {
   void* y;
 };
 
-// Each returns an empty string, or what is wrong with the arguments, with the numbers.
-std::string spmm(const Product&, const Pool&);
-std::string sddmm(const Outer&, const Pool&);
-std::string spmm_grads(const Gradients&, const Pool&);
+// Every kernel and every product, each named here and nowhere else: the functions below, the table of kernels, the names
+// that Python registers with XLA and the native tests are made from these rows. A row is a name, and what is told to the
+// kernel that runs it.
+#define JAXSPARSE_KERNELS(KERNEL) \
+  KERNEL(spmm, Product)           \
+  KERNEL(sddmm, Outer)            \
+  KERNEL(spmm_grads, Gradients)   \
+  KERNEL(n_m_spmm, NM)
+
+// What XLA calls: each kernel, and what others are made of.
+#define JAXSPARSE_PRODUCTS(PRODUCT)   \
+  JAXSPARSE_KERNELS(PRODUCT)          \
+  PRODUCT(block_diag_matmul, Product) \
+  PRODUCT(block_diag_outer, Outer)
+
+// spmm(product, pool), and so on. Each returns an empty string, or what is wrong with the arguments, with the numbers.
+#define DECLARATION(kernel, Arguments) std::string kernel(const Arguments&, const Pool&);
+JAXSPARSE_KERNELS(DECLARATION)
+#undef DECLARATION
 
 struct KernelTable;
 
@@ -90,13 +105,6 @@ bool has_fast_gather();
 
 // The kernels of the instruction set in use.
 const KernelTable& kernels();
-
-// Every kernel by its name, and by what it is told.
-#define JAXSPARSE_KERNELS(KERNEL) \
-  KERNEL(spmm, Product)           \
-  KERNEL(sddmm, Outer)            \
-  KERNEL(spmm_grads, Gradients)   \
-  KERNEL(n_m_spmm, NM)
 
 // One compilation of the kernels per instruction set fills one of these. A kernel is false where it gets no memory, and
 // for an index out of range.

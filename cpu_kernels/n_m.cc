@@ -1,75 +1,14 @@
-// The product with n of every m neighbouring inputs stored: sizes are checked, then a kernel runs.
-#include <algorithm>
-#include <initializer_list>
-
-#include "ffi.h"
+// The check of what the kernel for n of every m is told. No bits can lead it astray: it reads and writes by sizes alone.
+#include "kernels.h"
 
 namespace jaxsparse_cpu {
-namespace {
 
-bool has_shape(const Array& a, ffi::DataType type, std::initializer_list<int64_t> dims) {
-  const auto got = a.dimensions();
-  return a.element_type() == type && got.size() == dims.size() && std::equal(dims.begin(), dims.end(), got.begin());
+std::string n_m_spmm(const NM& p, const Pool& pool) {
+  const bool group = p.n >= 1 && p.m >= p.n && p.m <= 32;
+  if (!group || p.rows < 0 || p.in < 1 || p.out < 1 || p.groups != (p.in + p.m - 1) / p.m)
+    return std::to_string(p.n) + ":" + std::to_string(p.m) + " of " + std::to_string(p.in) + " inputs and " +
+           std::to_string(p.out) + " outputs can't be " + std::to_string(p.groups) + " groups";
+  return kernels().n_m_spmm(p, pool) ? "" : "no memory for scratch";
 }
 
-// The sizes of a product, or what is wrong. No bits can lead a kernel astray: it reads and writes by sizes alone.
-std::string fill(NM* p, const Array& x, const Array& values, const Array& bits, int64_t in, int64_t m) {
-  const auto type = x.element_type();
-  if (x.dimensions().size() != 2) return "x must be a matrix";
-  if (values.dimensions().size() != 3) return "values must be [groups, n, out]";
-  if (type_of(type) >= Type::i32) return "x must be float32, float64, bfloat16 or float16";
-  p->dtype = static_cast<Dtype>(type_of(type));
-  p->rows = x.dimensions()[0];
-  p->in = in;
-  p->m = m;
-  p->groups = values.dimensions()[0];
-  p->n = values.dimensions()[1];
-  p->out = values.dimensions()[2];
-  if (in < 1 || p->out < 1 || p->n < 1 || m < p->n || m > 32 || p->groups != (in + m - 1) / m)
-    return std::to_string(p->n) + ":" + std::to_string(m) + " of " + std::to_string(in) + " inputs and " +
-           std::to_string(p->out) + " outputs can't be " + std::to_string(p->groups) + " groups";
-  if (!has_shape(values, type, {p->groups, p->n, p->out})) return "values must have the dtype of x";
-  if (!has_shape(bits, m <= 8 ? ffi::U8 : ffi::U32, {p->groups, p->out}))
-    return "bits must be [groups, out], of 8 bits for m up to 8, else of 32";
-  p->x = x.untyped_data();
-  p->bits = bits.untyped_data();
-  return "";
-}
-
-ffi::Error NMSpmm(ffi::ThreadPool threads, Array x, Array values, Array bits, Array bias, Result y, int64_t in,
-                  int64_t m, bool transposed, int64_t activation) {
-  NM p{};
-  std::string wrong = fill(&p, x, values, bits, in, m);
-  const int64_t depth = transposed ? p.out : p.in, width = transposed ? p.in : p.out;
-  const auto type = x.element_type();
-  if (wrong.empty() && (!has_shape(x, type, {p.rows, depth}) || !has_shape(*y, type, {p.rows, width})))
-    wrong = "x and y must have " + std::to_string(depth) + " and " + std::to_string(width) + " features";
-  const bool biased = bias.element_count() != 0;
-  if (wrong.empty() && biased && !has_shape(bias, type, {width})) wrong = "bias must be one number an output";
-  if (wrong.empty() && (activation < 0 || activation > 3)) wrong = "no activation " + std::to_string(activation);
-  if (!wrong.empty()) return result("n_m_spmm", wrong);
-  p.transposed = transposed;
-  p.activation = static_cast<Activation>(activation);
-  p.values = values.untyped_data();
-  p.bias = biased ? bias.untyped_data() : nullptr;
-  p.y = y->untyped_data();
-  return result("n_m_spmm", kernels().n_m_spmm(p, pool_of(threads)) ? "" : "no memory for scratch");
-}
-
-}  // namespace
 }  // namespace jaxsparse_cpu
-
-using namespace jaxsparse_cpu;
-
-HANDLER(jaxsparse_cpu_n_m_spmm, NMSpmm,
-        ffi::Ffi::Bind()
-            .Ctx<ffi::ThreadPool>()
-            .Arg<Array>()
-            .Arg<Array>()
-            .Arg<Array>()
-            .Arg<Array>()
-            .Ret<Array>()
-            .Attr<int64_t>("size_in")
-            .Attr<int64_t>("m")
-            .Attr<bool>("transposed")
-            .Attr<int64_t>("activation"))

@@ -249,7 +249,7 @@ bool n_m_multiply(const NM& p, const K& kept, const Pool& pool) {
   Scratch packed(sizeof(A) * stride * p.rows), panels(sizeof(A) * own * workers);
   if (!packed.data() || !panels.data()) return false;
   A* copy = reinterpret_cast<A*>(packed.data());
-  const int64_t slabs = stride ? least<int64_t>(p.rows, 8 * workers) : 0;
+  const int64_t slabs = stride ? least<int64_t>(p.rows, kTasksPerWorker * workers) : 0;
   const auto pack = [&](int64_t s, int) {
     pack_rows(static_cast<const S*>(p.x), depth, s * p.rows / slabs, (s + 1) * p.rows / slabs, copy, stride);
   };

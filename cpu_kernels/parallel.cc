@@ -71,7 +71,7 @@ void work(Job* job) {
       for (int spins = 0;
            job->done[phase].value.load(std::memory_order_acquire) < job->phases[phase].tasks;
            ++spins) {
-        spins < 4096 ? pause() : std::this_thread::yield();
+        spins < kLooks ? pause() : std::this_thread::yield();
       }
     }
   }
@@ -115,14 +115,12 @@ int workers_for(const Pool& pool, double fmas) {
 
 namespace {
 
-constexpr int kKept = 8;
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kKeptBytes = size_t{64} << 20;
 
 // The size of a buffer stands in the 64 bytes before it.
 struct Shelf {
   std::mutex mutex;
-  void* kept[kKept] = {};
+  void* kept[kKeptBuffers] = {};
   size_t bytes = 0;
 };
 
@@ -143,7 +141,7 @@ void* take_scratch(size_t bytes) {
     Shelf& s = shelf();
     std::lock_guard<std::mutex> lock(s.mutex);
     int best = -1;
-    for (int i = 0; i < kKept; ++i)
+    for (int i = 0; i < kKeptBuffers; ++i)
       if (s.kept[i] && size_of(s.kept[i]) >= bytes &&
           (best < 0 || size_of(s.kept[i]) < size_of(s.kept[best])))
         best = i;
@@ -176,7 +174,7 @@ void give_scratch(void* scratch) {
     std::lock_guard<std::mutex> lock(s.mutex);
     // The smallest makes room: a call that needs little would be served by a larger one.
     int slot = 0;
-    for (int i = 1; i < kKept && s.kept[slot]; ++i)
+    for (int i = 1; i < kKeptBuffers && s.kept[slot]; ++i)
       if (!s.kept[i] || size_of(s.kept[i]) < size_of(s.kept[slot])) slot = i;
     void* old = s.kept[slot];
     const size_t freed = old ? size_of(old) : 0;

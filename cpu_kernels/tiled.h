@@ -18,7 +18,7 @@ bool tiled_spmm(const Product& p, const Pool& pool) {
   const double each = kBlocks ? double(batch.padded * p.depth * p.width)
                               : kFmasPerEntry + kFmasPerEntryAndRow * double(batch.padded);
   const int workers = workers_for(pool, each * double(lines.entries));
-  const int64_t slabs = workers == 1 ? 1 : ceil_div(p.in, 64);
+  const int64_t slabs = workers == 1 ? 1 : ceil_div(p.in, kFeaturesPerSlab);
   const int64_t parts = most<int64_t>(1, ceil_div(lines.lines * p.width, kColumnsPerTask));
   const int64_t own = kMost * kVectorBytes * p.width * lines.lines;
   const int64_t step = batch.per_round(sizeof(A) * p.in), rows = batch.row(least(step, batch.count));

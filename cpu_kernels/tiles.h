@@ -66,16 +66,17 @@ bool in_range(const Lines& lines, int64_t first, int64_t last) {
 // counts as a little, since it too must be written).
 int64_t line_of_part(const Lines& lines, int64_t part, int64_t parts) {
   if (part >= parts) return lines.lines;
-  const int64_t goal = (lines.entries + 4 * lines.lines) * part / parts;
+  const int64_t goal = (lines.entries + kEntriesPerLine * lines.lines) * part / parts;
   int64_t low = 0, high = lines.lines;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (lines.ptr[middle] + 4 * middle < goal)
+    if (lines.ptr[middle] + kEntriesPerLine * middle < goal)
       low = middle + 1;
     else
       high = middle;
   }
-  return lines.lines < 64 * parts ? low : low / 16 * 16;  // whole vectors of results, where that is fair
+  // Whole vectors of results, where that is fair.
+  return lines.lines < kLinesWorthRounding * parts ? low : low / 16 * 16;
 }
 
 // Where slab `s` of `slabs` begins: at a whole vector, so that only the last one ends raggedly.

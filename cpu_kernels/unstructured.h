@@ -12,11 +12,11 @@ template <int L, int NV, class S, bool kOrdered>
 ALWAYS_INLINE void add_entries(Sum<S>* sum, const Sum<S>* tile, const S* values, const int32_t* index,
                                const int32_t* order, int64_t k, int64_t end) {
   using V = Vector<Sum<S>, L>;
-  constexpr int kChains = NV >= 4 ? 1 : 8 / NV;
+  constexpr int kChains = NV >= kVectorsWithoutChains ? 1 : kSumsInFlight / NV;
   V acc[kChains][NV] = {};
   const auto add = [&](int64_t e, int chain) {
     const Sum<S>* row = tile + int64_t{index[e]} * (NV * L);
-    if constexpr (NV >= 4) keep(row);
+    if constexpr (kChains == 1) keep(row);
     const V a = splat<L>(widen(values[kOrdered ? order[e] : e]));
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) acc[chain][v] += a * load<L>(row + v * L);

@@ -152,8 +152,9 @@ bool unstructured_outer(const Grads<S>& g, const Pool& pool) {
   const Lines& lines = g.lines;
   const Batch<A, kGradVectors> batch(g.m);
   const int workers = workers_for(pool, (kBoth ? 2. : 1.) * double(g.m) * double(lines.entries));
-  const int64_t slabs = workers == 1 ? 1 : 16;
-  const int64_t parts = most<int64_t>(workers == 1 ? 1 : 2 * workers, ceil_div(lines.lines, kLinesPerPart));
+  const int64_t slabs = workers == 1 ? 1 : kGradSlabs;
+  const int64_t least_parts = workers == 1 ? 1 : kGradPartsPerWorker * workers;
+  const int64_t parts = most(least_parts, ceil_div(lines.lines, kLinesPerPart));
   const int64_t entries = ceil_div(lines.entries, 16) * 16, pair = g.own_width + g.other_width;
   const int64_t own_scratch = kBoth ? lines.lines * kGradVectors * kVectorBytes : 0;
   const int64_t step = batch.per_round(sizeof(A) * pair), rows = batch.row(least(step, batch.count));

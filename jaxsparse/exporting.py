@@ -14,13 +14,12 @@ Platforms without kernels of ours get plain XLA, which needs neither.
 
 import jax
 
-import cpu_kernels
 from cpu_kernels import _library
 
 
 def disabled_checks() -> list[jax.export.DisabledSafetyCheck]:
     """The checks of `jax.export.export` that the products need to be without: one for each custom call of theirs."""
-    return [jax.export.DisabledSafetyCheck.custom_call(f"jaxsparse_cpu_{name}") for name in cpu_kernels.PRODUCTS]
+    return [jax.export.DisabledSafetyCheck.custom_call(f"jaxsparse_cpu_{name}") for name in _library.products()]
 
 
 def register() -> None:

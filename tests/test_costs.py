@@ -17,6 +17,7 @@ from profiles import PROFILE
 
 from benchmarks import _costs_cells
 from jaxsparse import BlockPattern
+from jaxsparse._sizes import is_unstructured
 from jaxsparse.costs import layers, machine, model
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +27,7 @@ PLACE = (96, 64), 8
 @pytest.mark.parametrize("block", [(1, 1), (16, 16), (32, 8), (40, 40)])
 def test_bytes_are_those_of_the_pattern_and_its_values(block):
     pattern = BlockPattern.random(jax.random.key(0), PLACE[0], density=0.3, block=block)
-    layer = layers.sparse(*PLACE, 0.3) if block == (1, 1) else layers.block_sparse(*PLACE, 0.3, block)
+    layer = layers.sparse(*PLACE, 0.3) if is_unstructured(block) else layers.block_sparse(*PLACE, 0.3, block)
     assert layer.index_bytes == sum(a.nbytes for a in jax.tree.leaves(pattern))
     assert layer.weight_bytes == 4 * jax.numpy.zeros(pattern.values_shape).size
     assert layer.density == pattern.density and layer.operations == 2 * 8 * layer.weights

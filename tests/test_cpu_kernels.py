@@ -11,7 +11,7 @@ from sweeps import mostly_slow
 
 import cpu_kernels as ck
 from cpu_kernels import _library
-from jaxsparse import testing
+from jaxsparse import _xla, testing
 
 ISAS = ("portable", "avx2", "avx512")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -311,3 +311,10 @@ def test_an_instruction_set_that_is_misspelt_is_refused_by_name(monkeypatch):
     assert ck.isa() == before
     monkeypatch.setenv("JAXSPARSE_CPU_ISA", before)
     assert _library.why_not_opened.__wrapped__() is None
+
+
+def test_every_product_of_the_library_is_a_function_and_others_are_refused_by_name():
+    assert set(_library.products()) == {name for name in ck.__all__ if hasattr(_xla, name)} - {"why_not"}
+    assert "there is no kernel n_m_sddmm; there are spmm, sddmm," in (
+        ck.why_not("n_m_sddmm", "float32", (1, 1), "cpu") or ""
+    )

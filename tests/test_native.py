@@ -43,7 +43,7 @@ def missing(name: str) -> str | None:
 
 
 @pytest.mark.skipif(not shutil.which("clang++"), reason="there is no clang++")
-@pytest.mark.parametrize("file", ["calls", "dispatch", "isa", "parallel"])
+@pytest.mark.parametrize("file", ["calls", "dispatch", "isa", "n_m", "parallel"])
 def test_clang_takes_the_sources(file):
     """GCC builds the library here; an install may find clang alone."""
     x86 = platform.machine() in ("x86_64", "AMD64")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsparse import BlockPattern, _xla, block_diag_matmul, sddmm, spmm, testing, why_not
+from jaxsparse import BlockPattern, _xla, _xla_walk, block_diag_matmul, sddmm, spmm, testing, why_not
 
 MASK = np.random.default_rng(0).random((200, 300)) < 0.1
 
@@ -108,7 +108,7 @@ def steps_times_width(mask, monkeypatch) -> int:
         jax.debug.callback(lambda: counted.append(acc.shape[0]))
         return acc
 
-    _xla._walk(step, jnp.zeros((mask.shape[1], 1)), pattern.index, False, 1, mask.shape[0])
+    _xla_walk.walk(step, jnp.zeros((mask.shape[1], 1)), pattern.index, False, 1, mask.shape[0])
     jax.effects_barrier()
     return sum(counted)
 

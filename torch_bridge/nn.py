@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from jaxsparse._arguments import features_per_block
+from jaxsparse._sizes import is_unstructured
 from torch_bridge import _dense, _draw, _index, _layer, _linear, _stored
 from torch_bridge._matrix import Diagonal, Sparse
 from torch_bridge._product import KEPT, Product, through_jax
@@ -354,7 +355,7 @@ class SparseLinear(BlockSparseLinear):
             raise TypeError("SparseLinear stores single entries and takes no block; BlockSparseLinear does.")
         pattern = options.get("pattern")
         blocks = getattr(pattern, "block", (1, 1))
-        if blocks != (1, 1):
+        if not is_unstructured(blocks):
             raise ValueError(f"the pattern has blocks of {blocks}, not single entries: use BlockSparseLinear.")
         super().__init__(in_features, out_features, density, (1, 1), device=device, **options)
 

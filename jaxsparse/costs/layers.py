@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from jaxsparse._sizes import INT32_MAX, as_pair, grid_of
+from jaxsparse._sizes import INT32_MAX, as_pair, grid_of, is_unstructured
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 NAMES = {"dense": "dense", "block_diag": "block-diagonal", "block_sparse": "block-sparse", "sparse": "unstructured"}
@@ -41,7 +41,7 @@ class Layer:
     @property
     def kernels(self) -> str:
         """The kind whose kernels compute it: blocks of one entry are single entries."""
-        return "sparse" if self.kind == "block_sparse" and self.block == (1, 1) else self.kind
+        return "sparse" if self.kind == "block_sparse" and is_unstructured(self.block) else self.kind
 
     @property
     def density(self) -> float:
@@ -84,7 +84,8 @@ class Layer:
     def why_impossible(self) -> str | None:
         """Why there is no such layer, if there is none."""
         if self.index_bytes and self.stored > INT32_MAX:
-            return f"it has {self.stored:.3g} {'blocks' * (self.block != (1, 1)) or 'entries'}, more than int32 counts"
+            what = "entries" if is_unstructured(self.block) else "blocks"
+            return f"it has {self.stored:.3g} {what}, more than int32 counts"
         return None
 
     def __str__(self) -> str:

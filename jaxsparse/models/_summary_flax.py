@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxsparse._sizes import is_unstructured
 from jaxsparse.formats import PATTERNS, BlockPattern
 from jaxsparse.linen import BlockDiagDense
 from jaxsparse.models.summary import Call, Product, Row, largest, of_unknown_kind
@@ -117,7 +118,7 @@ def _guess(shapes: Mapping[str, tuple[int, ...]], patterns: Sequence[Any]) -> st
     """What a layer is, by the parameters that it has."""
     kernel = shapes.get("kernel", ())
     if patterns:
-        return "SparseDense" if _block_of(patterns[0]) == (1, 1) else "BlockSparseDense"
+        return "SparseDense" if is_unstructured(_block_of(patterns[0])) else "BlockSparseDense"
     if len(kernel) == 2:
         return "Dense"
     if len(kernel) == 3 and kernel[0] > 1 and shapes.get("bias") == (kernel[0] * kernel[2],):

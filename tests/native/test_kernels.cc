@@ -10,6 +10,8 @@
 #include <deque>
 #include <mutex>
 #include <random>
+#include <set>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -136,6 +138,30 @@ void expect(bool holds, const char* what, const char* where) {
   if (++failures < 20) std::printf("FAILED %s: %s\n", what, where);
 }
 
+// run(what a kernel is told, pool), for every kernel: which ones ran is told apart at the end.
+std::set<std::string> tried;
+#define RUN(kernel, Arguments)                             \
+  std::string run(const Arguments& told, const Pool& pool) { \
+    tried.insert(#kernel);                                 \
+    return kernel(told, pool);                             \
+  }
+JAXSPARSE_KERNELS(RUN)
+#undef RUN
+
+double activated(double s, Activation activation) {
+  if (activation == Activation::relu) return std::max(s, 0.);
+  if (activation == Activation::silu) return s / (1 + std::exp(-s));
+  if (activation == Activation::gelu) return s / 2 * (1 + std::tanh(0.7978845608028654 * (s + 0.044715 * s * s * s)));
+  return s;
+}
+
+// Whether a result is the sum of so many products of numbers up to 1, but for rounding.
+bool close(Dtype dtype, double got, double truth, double terms) {
+  const double rounding[] = {1.2e-7, 2.2e-16, 7.9e-3, 9.8e-4};
+  const double sum = dtype == Dtype::f64 ? 2.2e-16 : 1.2e-7;
+  return std::abs(got - truth) <= rounding[int(dtype)] * std::abs(truth) + 8 * sum * (terms + 1);
+}
+
 struct Problem {
   Dtype dtype;
   int64_t m, in, out, i, o;
@@ -229,45 +255,48 @@ struct Case {
     return {rows, cols, entries, row_ptr.data(), col_index.data(), order.data()};
   }
 
-  bool close(double got, double truth, double terms) const {
-    const double rounding[] = {1.2e-7, 2.2e-16, 7.9e-3, 9.8e-4};
-    const double sum = p.dtype == Dtype::f64 ? 2.2e-16 : 1.2e-7;
-    return std::abs(got - truth) <= rounding[int(p.dtype)] * std::abs(truth) + 8 * sum * (terms + 1);
+  // y = x W, dx = dy W^T and dW = x^T dy, as the kernels are told.
+  Product forward() {
+    return {.dtype = p.dtype, .m = p.m, .in = p.in, .out = p.out, .depth = p.i, .width = p.o, .transposed = false,
+            .activation = Activation::none, .x = x.data(), .values = values.data(), .bias = bias.data(),
+            .y = y.data(), .lines = by_column()};
+  }
+  Product transposed() {
+    return {.dtype = p.dtype, .m = p.m, .in = p.out, .out = p.in, .depth = p.o, .width = p.i, .transposed = true,
+            .activation = Activation::none, .x = dy.data(), .values = values.data(), .bias = nullptr,
+            .y = dx.data(), .lines = by_row()};
+  }
+  Outer outer() {
+    return {.dtype = p.dtype, .m = p.m, .in = p.in, .out = p.out, .depth = p.i, .width = p.o, .x = x.data(),
+            .dy = dy.data(), .values = dvalues.data(), .lines = by_column()};
+  }
+  Gradients gradients() {
+    return {.dtype = p.dtype, .m = p.m, .in = p.in, .out = p.out, .x = x.data(), .dy = dy.data(),
+            .values = values.data(), .dx = dx.data(), .dvalues = dvalues.data(), .lines = by_row()};
   }
 
   void check_forward(Pool pool, Activation activation) {
     y.poison();
-    Product q{p.dtype, p.m, p.in, p.out, p.i, p.o, false, activation, x.data(), values.data(),
-              bias.data(), y.data(), by_column()};
-    expect(spmm(q, pool).empty(), "spmm returns an error", name);
-    for (size_t n = 0; n < true_y.size(); ++n) {
-      double s = true_y[n];
-      if (activation == Activation::relu) s = std::max(s, 0.);
-      if (activation == Activation::silu) s = s / (1 + std::exp(-s));
-      if (activation == Activation::gelu)
-        s = s / 2 * (1 + std::tanh(0.7978845608028654 * (s + 0.044715 * s * s * s)));
-      expect(close(y.get(n), s, p.in), "spmm", name);
-    }
+    Product q = forward();
+    q.activation = activation;
+    expect(run(q, pool).empty(), "spmm returns an error", name);
+    for (size_t n = 0; n < true_y.size(); ++n)
+      expect(close(p.dtype, y.get(n), activated(true_y[n], activation), p.in), "spmm", name);
   }
 
   void check_backward(Pool pool, bool fused) {
     dx.poison();
     dvalues.poison();
     if (fused) {
-      Gradients g{p.dtype, p.m, p.in, p.out, x.data(), dy.data(), values.data(), dx.data(),
-                  dvalues.data(), by_row()};
-      expect(spmm_grads(g, pool).empty(), "spmm_grads returns an error", name);
+      expect(run(gradients(), pool).empty(), "spmm_grads returns an error", name);
     } else {
-      Product q{p.dtype, p.m, p.out, p.in, p.o, p.i, true, Activation::none, dy.data(),
-                values.data(), nullptr, dx.data(), by_row()};
-      expect(spmm(q, pool).empty(), "transposed spmm returns an error", name);
-      Outer w{p.dtype, p.m, p.in, p.out, p.i, p.o, x.data(), dy.data(), dvalues.data(), by_column()};
-      expect(sddmm(w, pool).empty(), "sddmm returns an error", name);
+      expect(run(transposed(), pool).empty(), "transposed spmm returns an error", name);
+      expect(run(outer(), pool).empty(), "sddmm returns an error", name);
     }
     for (size_t n = 0; n < true_dx.size(); ++n)
-      expect(close(dx.get(n), true_dx[n], p.out), fused ? "dx, fused" : "dx", name);
+      expect(close(p.dtype, dx.get(n), true_dx[n], p.out), fused ? "dx, fused" : "dx", name);
     for (size_t v = 0; v < true_dvalues.size(); ++v)
-      expect(close(dvalues.get(v), true_dvalues[v], p.m), fused ? "dvalues, fused" : "dvalues", name);
+      expect(close(p.dtype, dvalues.get(v), true_dvalues[v], p.m), fused ? "dvalues, fused" : "dvalues", name);
   }
 
   void check(Pool pool) {
@@ -294,30 +323,105 @@ struct Case {
     for (int32_t bad : {-1, int32_t(rows), INT32_MAX, INT32_MIN}) {
       std::vector<int32_t> index = row_index;
       index[index.size() / 2] = bad;
-      Lines lines = by_column();
-      lines.index = index.data();
-      Product q{p.dtype, p.m, p.in, p.out, p.i, p.o, false, Activation::none, x.data(),
-                values.data(), nullptr, y.data(), lines};
-      expect(!spmm(q, pool).empty() || p.m == 0, "spmm takes a bad index", name);
-      Outer w{p.dtype, p.m, p.in, p.out, p.i, p.o, x.data(), dy.data(), dvalues.data(), lines};
-      expect(!sddmm(w, pool).empty(), "sddmm takes a bad index", name);
+      Product q = forward();
+      q.lines.index = index.data();
+      expect(!run(q, pool).empty() || p.m == 0, "spmm takes a bad index", name);
+      Outer w = outer();
+      w.lines.index = index.data();
+      expect(!run(w, pool).empty(), "sddmm takes a bad index", name);
     }
     std::vector<int32_t> bad_order = order;
     bad_order.back() = int32_t(entries);
-    Lines lines = by_row();
-    lines.order = bad_order.data();
-    Product q{p.dtype, p.m, p.out, p.in, p.o, p.i, true, Activation::none, dy.data(),
-              values.data(), nullptr, dx.data(), lines};
-    expect(!spmm(q, pool).empty() || p.m == 0, "spmm takes a bad order", name);
+    Product q = transposed();
+    q.lines.order = bad_order.data();
+    expect(!run(q, pool).empty() || p.m == 0, "spmm takes a bad order", name);
     std::vector<int32_t> bad_ptr = col_ptr;
     bad_ptr[0] = 1;
-    lines = by_column();
-    lines.ptr = bad_ptr.data();
-    q = {p.dtype, p.m, p.in, p.out, p.i, p.o, false, Activation::none, x.data(), values.data(),
-         nullptr, y.data(), lines};
-    expect(!spmm(q, pool).empty(), "spmm takes bad pointers", name);
+    q = forward();
+    q.lines.ptr = bad_ptr.data();
+    expect(!run(q, pool).empty(), "spmm takes bad pointers", name);
   }
 };
+
+// n of every m rows of W at random places, both products with it, and the truth by plain loops.
+struct NMCase {
+  Dtype dtype;
+  int64_t rows, in, out, n, m, groups;
+  Array x, dy, values, bias, y, dx;
+  std::vector<uint8_t> few_bits;
+  std::vector<uint32_t> many_bits;
+  std::vector<double> true_y, true_dx;  // before the activation
+  char name[120];
+
+  NMCase(Dtype dtype_, int64_t rows_, int64_t in_, int64_t out_, int64_t n_, int64_t m_, std::mt19937& random)
+      : dtype(dtype_), rows(rows_), in(in_), out(out_), n(n_), m(m_), groups((in_ + m_ - 1) / m_),
+        x(dtype, rows * in), dy(dtype, rows * out), values(dtype, groups * n * out), bias(dtype, out),
+        y(dtype, rows * out), dx(dtype, rows * in), true_y(rows * out), true_dx(rows * in) {
+    for (Array* a : {&x, &dy, &values, &bias}) a->fill(random);
+    for (int64_t b = 0; b < rows; ++b)
+      for (int64_t c = 0; c < out; ++c) true_y[b * out + c] = bias.get(c);
+    for (int64_t g = 0; g < groups; ++g)
+      for (int64_t c = 0; c < out; ++c) add_column(g, c, random);
+    std::snprintf(name, sizeof name, "%s dtype %d, %d rows, %d x %d, %d:%d", isa(), int(dtype), int(rows), int(in),
+                  int(out), int(n), int(m));
+  }
+
+  // Draws which of the rows of group g are stored in column c.
+  void add_column(int64_t g, int64_t c, std::mt19937& random) {
+    std::vector<int64_t> places(m);
+    for (int64_t k = 0; k < m; ++k) places[k] = k;
+    std::shuffle(places.begin(), places.end(), random);
+    std::sort(places.begin(), places.begin() + n);
+    uint32_t bits = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      bits |= uint32_t{1} << places[j];
+      const int64_t row = g * m + places[j];
+      const double w = values.get((g * n + j) * out + c);
+      for (int64_t b = 0; b < rows && row < in; ++b) {
+        true_y[b * out + c] += x.get(b * in + row) * w;
+        true_dx[b * in + row] += dy.get(b * out + c) * w;
+      }
+    }
+    m <= 8 ? few_bits.push_back(uint8_t(bits)) : many_bits.push_back(bits);
+  }
+
+  NM product(bool transposed, Activation activation) {
+    const void* bits = m <= 8 ? static_cast<const void*>(few_bits.data()) : many_bits.data();
+    return {.dtype = dtype, .rows = rows, .in = in, .out = out, .groups = groups, .n = n, .m = m,
+            .transposed = transposed, .activation = activation, .x = transposed ? dy.data() : x.data(),
+            .values = values.data(), .bits = bits, .bias = transposed ? nullptr : bias.data(),
+            .y = transposed ? dx.data() : y.data()};
+  }
+
+  void check(Pool pool) {
+    y.poison();
+    dx.poison();
+    expect(run(product(false, Activation::gelu), pool).empty(), "n_m_spmm returns an error", name);
+    expect(run(product(true, Activation::none), pool).empty(), "transposed n_m_spmm returns an error", name);
+    for (size_t i = 0; i < true_y.size(); ++i)
+      expect(close(dtype, y.get(i), activated(true_y[i], Activation::gelu), in), "n_m_spmm", name);
+    for (size_t i = 0; i < true_dx.size(); ++i)
+      expect(close(dtype, dx.get(i), true_dx[i], out), "transposed n_m_spmm", name);
+  }
+
+  void check_refusals(Pool pool) {
+    for (int64_t NM::*size : {&NM::groups, &NM::n, &NM::m, &NM::in, &NM::out}) {
+      NM p = product(false, Activation::none);
+      p.*size = size == &NM::groups ? groups + 1 : size == &NM::n ? m + 1 : size == &NM::m ? 33 : 0;
+      expect(!run(p, pool).empty(), "n_m_spmm takes a bad size", name);
+    }
+  }
+};
+
+void check_n_m(Dtype dtype, std::mt19937& random, Pool pool) {
+  const int64_t sizes[][4] = {{2, 4, 37, 53}, {4, 8, 40, 16}, {1, 3, 20, 70}, {1, 1, 5, 9}, {9, 32, 70, 35}};
+  for (const auto& s : sizes)
+    for (int64_t rows : {0, 1, 3, 17}) {
+      NMCase c(dtype, rows, s[2], s[3], s[0], s[1], random);
+      c.check(pool);
+      c.check_refusals(pool);
+    }
+}
 
 // Big enough for several threads, tiles and slices: all thread counts must agree to the bit.
 void check_thread_counts(std::mt19937& random) {
@@ -353,7 +457,8 @@ int main(int argc, char** argv) {
       continue;
     }
     const int before = failures;
-    for (Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16})
+    for (Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16}) {
+      check_n_m(dtype, random, threads.pool());
       for (const auto& s : sizes)
         for (int64_t m : {0, 1, 3, 17, 70}) {
           if (quick && m == 70) continue;
@@ -361,9 +466,13 @@ int main(int argc, char** argv) {
           c.check(threads.pool());
           c.check_refusals(threads.pool());
         }
+    }
     Case({Dtype::f32, 27000, 160, 16, 1, 1, 0.4}, random, threads.pool()).check(threads.pool());  // rounds
     check_thread_counts(random);
     std::printf("%s: %d failures\n", name, failures - before);
   }
+#define TRIED(kernel, Arguments) expect(tried.count(#kernel) == 1, "no test runs the kernel", #kernel);
+  JAXSPARSE_KERNELS(TRIED)
+#undef TRIED
   return failures ? 1 : 0;
 }
