@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import blocks
 import pytest
@@ -132,6 +133,19 @@ def test_the_reference_has_every_public_name():
         for name in package.__all__:
             home = getattr(package, name).__module__
             assert {f"{package.__name__}.{name}", home} & shown, f"{package.__name__}.{name}"
+
+
+def test_a_page_that_fetches_something_is_an_error(monkeypatch):
+    exceptions = pytest.importorskip("mkdocs.exceptions", reason="mkdocs is not installed")
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import docs_hooks
+
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
+    fine = '<a href="https://host/page">a link</a><script src="../iframe-worker.js"></script>'
+    assert docs_hooks.on_post_page(fine, page=page) == fine
+    for said in ('<script async src="https://host/shim"></script>', "<link rel=stylesheet href=//host/a.css>"):
+        with pytest.raises(exceptions.PluginError, match="index.md fetches .*//host"):
+            docs_hooks.on_post_page(fine + said, page=page)
 
 
 def test_what_stands_before_the_colon_of_a_result_is_no_sentence():
