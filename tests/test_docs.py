@@ -1,6 +1,7 @@
 """The code of the documentation runs, page by page; links lead somewhere; every page is in the navigation."""
 
 import re
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,6 +123,12 @@ def test_commands_in_the_pages_name_files_and_targets_that_exist():
             assert (ROOT / script).exists(), f"{page}: {script}"
         for target in re.findall(r"^make ([\w-]+)", text, re.MULTILINE):
             assert target in targets, f"{page}: make {target}"
+
+
+def test_the_page_on_installing_has_every_extra():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/installing.md").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(project["optional-dependencies"])
 
 
 def test_the_reference_has_every_public_name():
