@@ -222,6 +222,8 @@ def test_what_show_cannot_read_is_one_line_and_exit_code_2(tmp_path, capsys):
         assert line.startswith("jaxsparse: ") and says in line
     assert run("show", saved(tmp_path / "a"), "--layers", "second") == cli.BAD_INPUT
     assert "there are first" in capsys.readouterr().err
+    assert run("show", str(tmp_path / "a"), "--layers", "(") == cli.BAD_INPUT
+    assert "--layers '(' is no regular expression: missing )" in capsys.readouterr().err
     assert run("show") == cli.BAD_INPUT and "Missing argument 'FILE'" in capsys.readouterr().err
 
 
@@ -384,6 +386,11 @@ def test_bench_that_is_interrupted_keeps_what_it_has(tmp_path, monkeypatch, caps
         (["--diagonal", ""], "--diagonal has no value."),
         (["--diagonal", "4", "--block", "8"], "leave out --density and --block."),
         (["--save", "nowhere/run.json"], "there is no folder nowhere to write run.json to."),
+        (["--only", "["], "--only '[' is no regular expression: unterminated"),
+        (
+            [*SMALL[1:], "--only", "torch dence"],
+            "--only 'torch dence': no contender of these cells is called so; there",
+        ),
         (["--png", "nowhere/run.png"], "there is no folder nowhere to write run.png to."),
     ],
 )
