@@ -20,9 +20,13 @@ template <class F>
 bool with_dtype(Dtype dtype, F f) {
   switch (dtype) {
     case Dtype::f32: return f(float{});
+#ifndef JAXSPARSE_FLOAT32_ALONE
     case Dtype::f64: return f(double{});
     case Dtype::bf16: return f(bf16{});
     case Dtype::f16: return f(f16{});
+#else
+    default: break;
+#endif
   }
   return false;
 }

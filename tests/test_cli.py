@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import os
 import subprocess
 import sys
 
@@ -18,7 +17,6 @@ import cpu_kernels
 import jaxsparse
 from jaxsparse import BlockPattern, _devices, _matrices, _measured, checkpoint, cli
 from jaxsparse._measured import Result, Workload
-from jaxsparse.bench import grid, running
 
 LIBRARY = pytest.mark.skipif(cpu_kernels.library_file() is None, reason="the CPU kernels were not built")
 
@@ -223,6 +221,8 @@ def test_what_show_cannot_read_is_one_line_and_exit_code_2(tmp_path, capsys):
         assert line.startswith("jaxsparse: ") and says in line
     assert run("show", saved(tmp_path / "a"), "--layers", "second") == cli.BAD_INPUT
     assert "there are first" in capsys.readouterr().err
+    assert run("show", str(tmp_path / "a"), "--layers", "(") == cli.BAD_INPUT
+    assert "--layers '(' is no regular expression: missing )" in capsys.readouterr().err
     assert run("show") == cli.BAD_INPUT and "Missing argument 'FILE'" in capsys.readouterr().err
 
 
@@ -289,132 +289,3 @@ def test_matrices_are_found_in_files_of_other_libraries(tmp_path):
     assert stored(_matrices.read(tmp_path / "model.pt")) == LAYERS
     scipy.sparse.save_npz(tmp_path / "m.npz", scipy.sparse.random_array((5, 4), density=0.5, format="csr"))
     assert stored(_matrices.read(tmp_path / "m.npz")) == [("matrix", "sparse", (5, 4), 10)]
-
-
-# ---- bench ------------------------------------------------------------------------------------------------
-
-SMALL = ("bench", "--in", "16,32", "--out", "24", "--batch", "4", "--block", "8", "--density", "0.25", "--seconds", "0")
-
-
-def test_bench_times_every_cell_of_the_grid_and_writes_it_down(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    files = ("--save", str(tmp_path / "run.json"), "--png", str(tmp_path / "run.png"))
-    assert run(*SMALL, *files, "--only", "^jaxsparse$|JAX dense", "--json") == 0
-    found = told(capsys)
-    assert found == json.loads((tmp_path / "run.json").read_text())
-    assert [(c["size_in"], c["size_out"], c["block"], c["density"]) for c in found["cells"]] == [
-        (16, 24, 8, 0.25),
-        (32, 24, 8, 0.25),
-    ]
-    for cell in found["cells"]:
-        assert set(cell["results"]) == {"jaxsparse", "JAX dense"}
-        for result in cell["results"].values():
-            assert 0 < result["low"] <= result["ms"] <= result["high"] and result["turns"] >= 7 and not result["note"]
-        dense, ours = (cell["results"][name] for name in ("JAX dense", "jaxsparse"))
-        assert dense["speed"] == 1 and ours["speed"] == pytest.approx(dense["ms"] / ours["ms"])
-    assert found["machine"]["cores"] >= 1 and found["versions"]["jax"] == jax.__version__
-    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("block", [1, 8])
-@pytest.mark.parametrize("train", [False, True], ids=["forward", "training"])
-def test_every_contender_of_bench_is_right_or_says_what_stops_it(block, train, monkeypatch):
-    monkeypatch.setattr(running, "take_turns", lambda calls, seconds, pause: [[[1e-3] for _ in calls]])
-    (cell,) = grid.cells([16], [20], [4], [block], [0.5], "f32", train)
-    (measured,) = running.run([cell], 0)
-    beside = {"JAX BCOO"} if block == 1 else set()
-    assert {"jaxsparse", "JAX dense", "JAX masked"} | beside <= set(measured.results)
-    if "torch" in running.frameworks():
-        assert {"jaxsparse, torch", "torch dense", "torch masked"} <= set(measured.results)
-    for name, result in measured.results.items():
-        stopped = name in ("torch BSR", "torch CSR") and result.note.startswith(("RuntimeError", "NotImplementedError"))
-        assert stopped or (result.ms == 1.0 and not result.note), (name, result.note)
-
-
-IN_TORCH = {"jaxsparse, torch", "torch loop of Linear", "torch bmm", "torch einsum", "torch grouped conv1d"}
-
-
-@pytest.mark.parametrize(("dtype", "train"), [("float32", True), ("f64", False), ("f64", True)])
-def test_every_way_to_diagonal_blocks_is_right_in_float64_too(dtype, train, monkeypatch):
-    monkeypatch.setattr(running, "take_turns", lambda calls, seconds, pause: [[[call() is None] for call in calls]])
-    cells = grid.cells([8], [16], [4], [1], [0.5], dtype, train, diagonal=[4, 8])
-    assert [(c.density, c.values_shape) for c in cells] == [(0.25, (4, 2, 4)), (0.125, (8, 1, 2))]
-    for measured in running.run(cells, 0):
-        assert {"jaxsparse", "JAX dense", "JAX masked", "JAX einsum"} <= set(measured.results)
-        assert IN_TORCH <= set(measured.results) or "torch" not in running.frameworks()
-        assert not any(result.note for result in measured.results.values()), measured.results
-
-
-def test_a_contender_that_computes_something_else_is_not_timed(monkeypatch, capsys):
-    from jaxsparse.bench import in_jax
-
-    monkeypatch.setattr(in_jax, "spmm", lambda x, w, pattern: 2 * jaxsparse.spmm(x, w, pattern))
-    assert run(*SMALL, "--only", "^jaxsparse$|JAX dense") == 0
-    printed = capsys.readouterr().out
-    assert "jaxsparse: a wrong result, relative error 1.0e+00" in printed and "32x24, batch 4, blocks of 8x8" in printed
-
-
-def test_bench_that_is_interrupted_keeps_what_it_has(tmp_path, monkeypatch, capsys):
-    whole, cells = running.take_turns, []
-
-    def interrupted(calls, seconds, pause):
-        cells.append(calls)
-        if len(cells) == 2:
-            raise KeyboardInterrupt
-        return whole(calls, seconds, pause=pause)
-
-    monkeypatch.setattr(running, "take_turns", interrupted)
-    assert run(*SMALL, "--only", "JAX dense", "--save", str(tmp_path / "run.json")) == cli.INTERRUPTED
-    assert len(json.loads((tmp_path / "run.json").read_text())["cells"]) == 1
-    assert capsys.readouterr().err == "jaxsparse: interrupted after 1 of 2 cells, which are kept.\n"
-    cells.pop()  # so that the next one is the second again
-    assert run(*SMALL, "--only", "JAX dense") == cli.INTERRUPTED
-    assert capsys.readouterr().err == "jaxsparse: interrupted before the first cell was done.\n"
-
-
-IN_A_TERMINAL = """
-import os, sys
-os.open(os.ttyname(0), os.O_RDWR)  # of a session without a terminal this is now the one that Ctrl-C comes from
-os.execv(sys.executable, [sys.executable, "-m", "jaxsparse", *sys.argv[1:]])
-"""
-
-
-@pytest.mark.slow  # a process in a terminal of its own
-def test_ctrl_c_in_a_terminal_keeps_the_cells_of_bench(tmp_path):
-    file, sizes = tmp_path / "run.json", ",".join(map(str, range(8, 400)))
-    command = ["bench", "--in", sizes, "--batch", "2", "--density", "0.5", "--seconds", "0", "--only", "JAX dense"]
-    ours, its = os.openpty()
-    program = [sys.executable, "-c", IN_A_TERMINAL, *command, "--save", str(file)]
-    process = subprocess.Popen(program, stdin=its, stdout=its, stderr=its, start_new_session=True)
-    os.close(its)
-    text, pressed = "", False
-    with contextlib.suppress(OSError):  # what reading raises once the other side has ended
-        while chunk := os.read(ours, 65536):
-            text += chunk.decode(errors="replace")
-            if file.exists() and not pressed:
-                pressed = bool(os.write(ours, b"\x03"))
-    os.close(ours)
-    assert process.wait() == cli.INTERRUPTED and "Traceback" not in text
-    kept = len(json.loads(file.read_text())["cells"])
-    assert 1 <= kept < 392 and f"interrupted after {kept} of 392 cells" in text
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--in", "ten"], "--in takes whole numbers with commas between, got 'ten'."),
-        (["--density", "2"], "density 2.0 is outside 0 to 1"),
-        (["--in", "16", "--block", "32"], "a block of 32 is larger than a matrix of 16x16."),
-        (["--dtype", "int8"], "dtype 'int8' is not one of float32"),
-        (["--batch", "0"], "batch 0 is less than 1."),
-        (["--batch", ""], "--batch has no value."),
-        (["--in", "30", "--diagonal", "4"], "4 diagonal blocks do not divide a matrix of 30x30."),
-        (["--diagonal", ""], "--diagonal has no value."),
-        (["--diagonal", "4", "--block", "8"], "leave out --density and --block."),
-        (["--save", "nowhere/run.json"], "there is no folder nowhere to write run.json to."),
-        (["--png", "nowhere/run.png"], "there is no folder nowhere to write run.png to."),
-    ],
-)
-def test_a_grid_that_is_none_is_refused(arguments, says, capsys):
-    assert run("bench", *arguments) == cli.BAD_INPUT
-    assert says in capsys.readouterr().err

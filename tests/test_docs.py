@@ -1,7 +1,9 @@
 """The code of the documentation runs, page by page; links lead somewhere; every page is in the navigation."""
 
 import re
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import blocks
 import pytest
@@ -123,6 +125,12 @@ def test_commands_in_the_pages_name_files_and_targets_that_exist():
             assert target in targets, f"{page}: make {target}"
 
 
+def test_the_page_on_installing_has_every_extra():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/installing.md").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(project["optional-dependencies"])
+
+
 def test_the_reference_has_every_public_name():
     torch_bridge = pytest.importorskip("torch_bridge", reason="torch_bridge needs torch", exc_type=ImportError)
 
@@ -132,6 +140,19 @@ def test_the_reference_has_every_public_name():
         for name in package.__all__:
             home = getattr(package, name).__module__
             assert {f"{package.__name__}.{name}", home} & shown, f"{package.__name__}.{name}"
+
+
+def test_a_page_that_fetches_something_is_an_error(monkeypatch):
+    exceptions = pytest.importorskip("mkdocs.exceptions", reason="mkdocs is not installed")
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import docs_hooks
+
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
+    fine = '<a href="https://host/page">a link</a><script src="../iframe-worker.js"></script>'
+    assert docs_hooks.on_post_page(fine, page=page) == fine
+    for said in ('<script async src="https://host/shim"></script>', "<link rel=stylesheet href=//host/a.css>"):
+        with pytest.raises(exceptions.PluginError, match="index.md fetches .*//host"):
+            docs_hooks.on_post_page(fine + said, page=page)
 
 
 def test_what_stands_before_the_colon_of_a_result_is_no_sentence():

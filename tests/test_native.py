@@ -10,11 +10,14 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "cpu_kernels"
 ARM = ("aarch64-linux-gnu-g++", "qemu-aarch64")
-pytestmark = pytest.mark.slow  # two builds with sanitizers, one run under an emulator
+pytestmark = pytest.mark.slow  # three builds with sanitizers, one run under an emulator
 # name: (options of CMake, the emulator)
 BUILDS = {
-    # Every instruction set: where a vector ends beyond an array depends on its width.
+    # Every instruction set: where a vector ends beyond an array depends on its width. Of undefined behaviour the
+    # portable one.
     "address and undefined": (["-DJAXSPARSE_SANITIZE=address,undefined"], []),
+    # The wide ones.
+    "undefined, float32": (["-DJAXSPARSE_SANITIZE=undefined", "-DJAXSPARSE_FLOAT32_ALONE=ON"], []),
     # One instruction set: how work is shared out among threads is the same code for all of them. An unknown processor
     # has none but the portable one.
     "thread": (

@@ -1,18 +1,21 @@
 """For mkdocs: files of the repository that pages link to become pages of the site, sources highlighted, data as it is.
 
-So the same links lead somewhere in a checkout and in the site, and no page names the place of a repository.
+So the same links lead somewhere in a checkout and in the site, and no page names the place of a repository. A page that
+fetches something from elsewhere is an error.
 """
 
 import posixpath
 import re
 from pathlib import Path
 
+from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 DOCS, COPIES = "docs", "repository"
 LANGUAGES = {".py": "python", ".sh": "bash", ".cc": "cpp", ".h": "cpp", ".toml": "toml", "": "text"}
+FETCHED = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)""")
 LINK = re.compile(r"(\]\()([^)#:\s]+)((?:#[^)\s]*)?\))")
 
 
@@ -41,6 +44,13 @@ def on_page_markdown(markdown: str, *, page, **_) -> str:
         return match[0]
 
     return LINK.sub(moved, markdown)
+
+
+def on_post_page(output: str, *, page, **_) -> str:
+    """Raises PluginError for a page that does not work without a network."""
+    if found := FETCHED.findall(output):
+        raise PluginError(f"{page.file.src_uri} fetches {', '.join(found)}: the site is to be read from a disk.")
+    return output
 
 
 def linked(page: str) -> list[str]:

@@ -33,6 +33,7 @@ _COLORS = {
     "torch grouped conv1d": "#839192",
     "SparseLab": "#c0392b",
 }
+NAMES = ", ".join(_COLORS)
 
 
 def whole(option: str, text: str) -> list[int]:

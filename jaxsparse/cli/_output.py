@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,14 @@ def show(*renderables: Any) -> None:
     console = Console(highlight=False, width=PIPED if unknown else None)
     for renderable in renderables:
         console.print(renderable)
+
+
+def check_expression(option: str, text: str) -> None:
+    """Raises ValueError for a text that is no regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{option} {text!r} is no regular expression: {error}.") from None
 
 
 def check_folder(path: Path | None) -> None:

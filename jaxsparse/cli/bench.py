@@ -51,10 +51,13 @@ def bench(
         train,
         _bench.whole("--diagonal", diagonal) if diagonal is not None else None,
     )
+    _output.check_expression("--only", only)
     _output.check_folder(out)
     _output.check_picture(png)
     about = _bench.about()
     measured = _bench.run_with_progress(cells, seconds, only, lambda done: out and running.save(out, done, about))
+    if measured and not any(m.results for m in measured):
+        raise ValueError(f"--only {only!r}: no contender of these cells is called so; there are {_bench.NAMES}.")
     if png and measured:
         _bench.draw(measured, about, png)
     if json:

@@ -37,6 +37,7 @@ def show(
             raise ValueError(f"no layer of {path} holds {layers!r} in its path; there are {', '.join(found)}.")
         return chosen
 
+    _output.check_expression("--layers", layers)
     _output.check_picture(png)
     before = read(file)
     after = read(diff) if diff else None
