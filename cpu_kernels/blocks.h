@@ -106,13 +106,13 @@ bool block_spmm(const Product& p, const Pool& pool) {
   Scratch packed(sizeof(A) * stride * p.m), panels(sizeof(A) * own * workers);
   if (!packed.data() || !panels.data()) return false;
   A* copy = reinterpret_cast<A*>(packed.data());
-  const int64_t slabs = stride ? least<int64_t>(p.m, 8 * workers) : 0;
+  const int64_t slabs = stride ? least<int64_t>(p.m, kTasksPerWorker * workers) : 0;
   const auto pack = [&](int64_t s, int) {
     pack_rows(static_cast<const S*>(p.x), p.in, s * p.m / slabs, (s + 1) * p.m / slabs, copy, stride);
   };
   const Rows<A> x = rows_of(static_cast<const S*>(p.x), p.in, copy, stride);
   const int64_t chunk = rows_per_task<S>(p), chunks = ceil_div(p.m, chunk);
-  const int64_t parts = workers == 1 ? 1 : least<int64_t>(lines.lines * pieces, workers * 8);
+  const int64_t parts = workers == 1 ? 1 : least<int64_t>(lines.lines * pieces, workers * kTasksPerWorker);
   const auto multiply = [&](int64_t task, int worker) {
     const int64_t row = task / parts * chunk, last = least(row + chunk, p.m);
     const int64_t end = unit_of_part(lines, pieces, task % parts + 1, parts);

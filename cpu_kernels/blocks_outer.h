@@ -87,13 +87,13 @@ bool block_sddmm(const Outer& p, const Pool& pool) {
   Scratch packed(sizeof(A) * (x_size + dys.size(lines.lines))), carries(sizeof(A) * own * workers);
   if (!packed.data() || !carries.data()) return false;
   A *x = reinterpret_cast<A*>(packed.data()), *dy = x + x_size;
-  const int64_t slabs = least<int64_t>(p.m, 8 * workers);
+  const int64_t slabs = least<int64_t>(p.m, kTasksPerWorker * workers);
   const auto pack = [&](int64_t s, int) {
     const int64_t first = s * p.m / slabs, last = (s + 1) * p.m / slabs;
     xs.pack(static_cast<const S*>(p.x), p.in, first, last, x);
     dys.pack(static_cast<const S*>(p.dy), p.out, first, last, dy);
   };
-  const int64_t parts = workers == 1 ? 1 : least<int64_t>(lines.lines * pieces, workers * 8);
+  const int64_t parts = workers == 1 ? 1 : least<int64_t>(lines.lines * pieces, workers * kTasksPerWorker);
   const auto multiply = [&](int64_t part, int worker) {
     A* carry = reinterpret_cast<A*>(carries.data()) + own * worker;
     const int64_t end = unit_of_part(lines, pieces, part + 1, parts);
