@@ -122,6 +122,45 @@ def test_the_bias_of_a_half_precision_product_gets_the_sum_of_its_cotangents(mak
     torch.testing.assert_close(db, dy.detach().double().flatten(0, -2).sum(0).bfloat16())
 
 
+@pytest.mark.parametrize("asked", ["x", "h", "weight", "bias", "h weight", "x weight bias"])
+@pytest.mark.parametrize("large", [1, 10**9], ids=["asks", "does not ask"])
+def test_what_a_backward_pass_over_a_large_weight_has_no_use_for_is_not_computed(monkeypatch, large, asked):
+    seen, backward = [], Sparse.backward
+
+    def spied(matrix, x, w, dy, wanted):
+        seen.append(wanted)
+        return backward(matrix, x, w, dy, wanted)
+
+    monkeypatch.setattr(Sparse, "backward", spied)
+    monkeypatch.setattr(products, "_LARGE", large)
+    matrix, dense, x, w, bias, dy = problem(MATRICES["single entries"], False)
+    h = x * 2
+    by_name = {"x": x, "h": h, "weight": w, "bias": bias}
+    operands = [by_name[name] for name in asked.split()]
+    got = torch.autograd.grad(products.multiply(matrix, h, w, bias), operands, dy, retain_graph=True)
+    torch.testing.assert_close(got, torch.autograd.grad(h @ dense(w) + bias, operands, dy))
+    used = ("x" in asked or "h" in asked.split(), "weight" in asked, "bias" in asked)
+    assert seen == [used if large == 1 else (True, True, True)]
+
+
+def test_gradients_are_accumulated_where_a_backward_pass_asks_which(monkeypatch):
+    monkeypatch.setattr(products, "_LARGE", 1)
+    matrix, dense, x, w, _, dy = problem(MATRICES["single entries"], False)
+    for given in (None, [x, w]):
+        products.multiply(matrix, x, w).backward(dy, inputs=given)
+    want = torch.autograd.grad(x @ dense(w), (x, w), 2 * dy)
+    torch.testing.assert_close((x.grad, w.grad), want)
+
+
+def test_tensors_that_outlived_a_transform_are_taken_out_of_their_wrappers():
+    matrix, dense, *operands, _ = problem(MATRICES["single entries"], False)
+    left = []
+    for t in operands:
+        func.grad(lambda t: left.append(t) or t.sum())(t.detach())
+    x, w, bias = left
+    torch.testing.assert_close(products.multiply(matrix, x, w, bias), operands[0] @ dense(operands[1]) + operands[2])
+
+
 def ours_and_dense(make):
     matrix, dense, x, w, bias, _ = problem(make, False, batch=(5,))
     return (

@@ -101,12 +101,11 @@ class Sparse:
 
     def backward(self, x: Tensor, w: Tensor, dy: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
         """(dy W^T, sample(x, dy), the sum of dy over rows) by one call; None for those that are not wanted."""
-        dy, w = plain(dy), plain(w)
+        x, dy, w = plain(x), plain(dy), plain(w)
         for_x, for_w, for_bias = wanted
         is_wide = dy.dtype in _WIDE
-        dx, dw, db = _results(dy, w, self.sizes[1 if self.transposed else 0], (for_x, for_w, for_bias and is_wide))
-        how = self._plain_index(), dx, dw, db, self.sizes, self.transposed
-        _kernels().spmm_backward(plain(x), dy, w, *how)
+        dx, dw, db = _results(x, w, dy, (for_x, for_w, for_bias and is_wide))
+        _kernels().spmm_backward(x, dy, w, self._plain_index(), dx, dw, db, self.sizes, self.transposed)
         return dx, dw, db if is_wide or not for_bias else sum_of_rows(dy)
 
     def gradients(self, x: Tensor, w: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -182,9 +181,9 @@ class Diagonal:
         if for_bias and not (for_x or for_w):
             db, for_bias = sum_of_rows(dy), False
         if for_x or for_w:
-            w, size_in = plain(w), self.sizes[0] * self.sizes[2 if self.transposed else 1]
-            own_dx, own_dw, db = _results(dy, w, size_in, (for_x, for_w, for_bias and is_wide))
-            _kernels().block_diag_backward(plain(x), dy, w, own_dx, own_dw, db, self.transposed)
+            x, w = plain(x), plain(w)
+            own_dx, own_dw, db = _results(x, w, dy, (for_x, for_w, for_bias and is_wide))
+            _kernels().block_diag_backward(x, dy, w, own_dx, own_dw, db, self.transposed)
             dx, dw = own_dx if for_x else dx, own_dw if for_w else dw
         return dx, dw, sum_of_rows(dy) if for_bias and not is_wide else db
 
@@ -245,7 +244,9 @@ def plain(t: Tensor) -> Tensor:
 
 def like(x: Tensor, features: int) -> Tensor:
     """An empty tensor of the rows of x, which may have shapes alone."""
-    return x.new_empty(*x.shape[:-1], features)  # twice as fast as with a tuple
+    if x.ndim == 2:
+        return x.new_empty(x.shape[0], features)  # twice as fast as with a tuple or a slice
+    return x.new_empty(*x.shape[:-1], features)
 
 
 def sum_of_rows(dy: Tensor) -> Tensor:
@@ -253,10 +254,10 @@ def sum_of_rows(dy: Tensor) -> Tensor:
     return (dy if dy.ndim == 2 else dy.reshape(-1, dy.shape[-1])).sum(0)
 
 
-def _results(dy: Tensor, w: Tensor, features: int, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """Empty gradients for one call of a kernel, which sums rows of wide numbers only."""
+def _results(x: Tensor, w: Tensor, dy: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Empty gradients of plain operands for one call of a kernel, which sums rows of wide numbers only."""
     for_x, for_w, for_bias = wanted
     db = dy.new_empty(dy.shape[-1]) if for_bias else None
     dw = in_large_pages(torch.empty_like(w)) if for_w else None
-    dx = in_large_pages(like(dy, features)) if for_x else None
+    dx = in_large_pages(torch.empty_like(x)) if for_x else None
     return dx, dw, db

@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
+from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
 
 from torch_bridge import _portable, _watch
 from torch_bridge._matrix import ACTIVATIONS, WHY_NOT, Diagonal, Matrix, sum_of_rows
 
 _ORDINARY = (Tensor, torch.nn.Parameter)  # whose memory is their own
+_LARGE = 2**15  # stored numbers whose gradient takes longer than to ask whether it is wanted
+_will_execute = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
 
 
 def is_direct(x: Tensor, w: Tensor, backend: str | None) -> bool:
@@ -61,7 +63,9 @@ def multiply(matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None = None, a
         y = matrix.by_torch(x, w, bias)
         return ACTIVATIONS[activation](y) if activation else y
     if torch.is_grad_enabled() and not activation:
-        return Multiply.apply(matrix, x, w, bias)
+        return _apply_multiply(
+            matrix, unwrap_if_dead(x), unwrap_if_dead(w), bias if bias is None else unwrap_if_dead(bias)
+        )
     return _raw(matrix, "multiply", x, w, bias, activation)
 
 
@@ -115,7 +119,28 @@ class Multiply(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *cotangents: Tensor):
         (dy,), (x, w, *index) = cotangents, ctx.saved_tensors
-        return None, *_multiply_backward(ctx.matrix.with_index(index), x, w, dy, ctx.needs_input_grad[1:])
+        wanted = ctx.needs_input_grad[1:] if w.numel() < _LARGE else _asked_for(ctx)
+        return None, *_multiply_backward(ctx.matrix.with_index(index), x, w, dy, wanted)
+
+
+# What `Multiply.apply` comes to outside of torch.func: half of its time is spent on finding that out. Tensors that have
+# outlived a transform are taken out of their wrappers, as it does.
+_apply_multiply = super(torch.autograd.Function, Multiply).apply  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _asked_for(ctx) -> tuple[bool, ...]:
+    """Which gradients the backward pass that runs has a use for: `autograd.grad(y, x)` has none for a weight's, which
+    `ctx.needs_input_grad` does not say. To find out takes microseconds."""
+    following = iter(ctx.next_functions)  # of tensors only
+    nodes = [next(following, (None, 0))[0] for _ in ctx.needs_input_grad[1:]]
+    return tuple([node is not None and _is_executed(node) for node in nodes])
+
+
+def _is_executed(node: Any) -> bool:
+    try:
+        return _will_execute(node)
+    except RuntimeError:  # a leaf whose gradient is returned, or an engine that does not tell
+        return True
 
 
 class Sample(torch.autograd.Function):
