@@ -145,9 +145,9 @@ MUTANTS = [
     Mutant(
         "torch: the backward pass of a half-precision product forgets the bias",
         "torch_bridge/_matrix.py",
-        "_kernels().spmm_backward(plain(x), dy, w, *how)\n"
+        "self._plain_index(), dx, dw, db, self.sizes, self.transposed)\n"
         "        return dx, dw, db if is_wide or not for_bias else sum_of_rows(dy)",
-        "_kernels().spmm_backward(plain(x), dy, w, *how)\n        return dx, dw, db",
+        "self._plain_index(), dx, dw, db, self.sizes, self.transposed)\n        return dx, dw, db",
         "tests/test_bridge_products.py::test_the_bias_of_a_half_precision_product_gets_the_sum_of_its_cotangents",
     ),
     Mutant(
