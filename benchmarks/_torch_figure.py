@@ -28,7 +28,7 @@ def draw(families: dict, path: Path) -> Path:
         figure.text(
             0.5,
             0.935,
-            f"{machine['cpu']}, {machine['cores']} cores, {machine['kernels']}, float32; torch "
+            f"{machine['cpu']}, {machine['cores']} cores, {machine['kernels']}, float32 unless named; torch "
             f"{machine['versions']['torch']}; {machine['date'][:10]}. A step: forward, both gradients, optimizer.",
             color=QUIET,
             ha="center",

@@ -55,7 +55,7 @@ def _arguments():
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("old", help="the library to compare with")
     parser.add_argument("new", help="the library that is judged")
-    parser.add_argument("--isa", help="avx512, avx2 or portable; the best this machine has by default")
+    parser.add_argument("--isa", help="amx, avx512, avx2 or portable; the best this machine has by default")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--fresh", action="store_true", help="write the inputs anew before every call")
     parser.add_argument("--only", choices=FAMILIES, action="append", help="one family of workloads; may be repeated")

@@ -96,6 +96,17 @@ def sparse(quick: bool) -> Iterator[Cell]:
             yield Cell(f"{name}, {density:.0%}", mode, modules, torch.randn(rows, size), "Adam")
 
 
+def bfloat16(quick: bool) -> Iterator[Cell]:
+    size, rows = (256, 16) if quick else (2048, 256)
+    for density, block in ((0.1, None), (0.1, 16), (0.1, 32), (0.25, 32), (0.25, 64), (0.5, 64)):
+        layer = BlockSparseLinear(size, size, density, block) if block else SparseLinear(size, size, density)
+        layer = layer.bfloat16()
+        modules = {OURS: lambda layer=layer: layer, "nn.Linear": lambda layer=layer: layer.to_linear()}
+        for mode in ("forward", "step"):
+            label = f"blocks of {block}, {density:.0%}" if block else f"unstructured, {density:.0%}"
+            yield Cell(f"bfloat16, {label}", mode, modules, torch.randn(rows, size).bfloat16(), "Adam")
+
+
 def small_batch(quick: bool) -> Iterator[Cell]:
     size = 64 if quick else 4096
     layer = SparseLinear(size, size, 0.1)
@@ -156,6 +167,7 @@ def compiled(quick: bool) -> Iterator[Cell]:
 FAMILIES: dict[str, Callable[[bool], Iterator[Cell]]] = {
     "overhead": overhead,
     "sparse": sparse,
+    "bfloat16": bfloat16,
     "small batch": small_batch,
     "decoder": decoder,
     "roberta": roberta,

@@ -128,7 +128,7 @@ def n_m_spmm(
 
 
 def isa() -> str:
-    """Returns the instruction set in use: avx512, avx2 or portable."""
+    """Returns the instruction set in use: amx (AVX-512 with tile registers), avx512, avx2 or portable."""
     return load().jaxsparse_cpu_isa().decode()
 
 

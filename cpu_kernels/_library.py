@@ -51,7 +51,7 @@ def _why_not_isa(library: ctypes.CDLL, wish: str | None) -> str | None:
     """An instruction set that was asked for by name is used, or refused: it may be misspelt."""
     if not wish or library.jaxsparse_cpu_use_isa(wish.encode()):
         return None
-    return f"JAXSPARSE_CPU_ISA is {wish!r}, which can't run here. Give avx512, avx2 or portable, or unset it."
+    return f"JAXSPARSE_CPU_ISA is {wish!r}, which can't run here. Give amx, avx512, avx2 or portable, or unset it."
 
 
 # A jaxlib serves handlers built for its own C API or an older one. With a newer one it would

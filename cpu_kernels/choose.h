@@ -156,6 +156,14 @@ constexpr int64_t kTaskRows = 256, kTaskRowsOfWideX = 128, kWideXBytes = 6144;
 // rows stay in the second-level cache while all rows of a block are made from them.
 constexpr int64_t kDeep = 512;
 
+// ---- bfloat16 blocks on tile registers ----------------------------------------------------------
+
+// How many times as fast a multiply-add is there as in a vector: what a thread is worth goes by that. An estimate.
+constexpr double kTileSpeed = 8;
+
+// Batch rows that one task takes: each rearranges the values of its lines.
+constexpr int64_t kTaskRowsOfTiles = 512;
+
 // ---- n of every m ----------------------------------------------------------------------------
 
 // Batch rows up to which W is expanded in registers, once for each two; above, panels of W are expanded into the

@@ -106,7 +106,7 @@ def why_not(torch: Any = None) -> str | None:
 
 
 def isa() -> str:
-    """The instruction set in use: avx512, avx2 or portable."""
+    """The instruction set in use: amx (AVX-512 with tile registers), avx512, avx2 or portable."""
     return opened().jaxsparse_cpu_isa().decode()
 
 

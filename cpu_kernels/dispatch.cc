@@ -6,6 +6,10 @@
 
 #ifdef JAXSPARSE_X86
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #include "kernels.h"
@@ -27,17 +31,41 @@ bool has_f16c() {
 }
 #endif
 
+#ifdef JAXSPARSE_X86
+// The kernels of AVX-512, whose products of bfloat16 blocks go by tile registers where this is the table in use.
+const KernelTable kernels_amx = [] {
+  KernelTable table = kernels_avx512;
+  table.name = "amx";
+  return table;
+}();
+
+// Tile registers are there if the processor has them and Linux, asked once for each process, allows for their size.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr int kRequest = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // Best first; null ends the list.
 const KernelTable* const* available() {
-  static const KernelTable* found[4] = {};
+  static const KernelTable* found[5] = {};
   static const bool once = [] {
     int n = 0;
 #ifdef JAXSPARSE_X86
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+      if (may_use_tiles()) found[n++] = &kernels_amx;
       found[n++] = &kernels_avx512;
+    }
     if (avx2) found[n++] = &kernels_avx2;
 #endif
     found[n] = &kernels_portable;
@@ -117,6 +145,14 @@ bool use_isa(const char* name) {
   const KernelTable* table = named(name);
   if (table) chosen().store(table);
   return table != nullptr;
+}
+
+bool has_tiles() {
+#ifdef JAXSPARSE_X86
+  return &kernels() == &kernels_amx;
+#else
+  return false;
+#endif
 }
 
 bool has_fast_gather() {

@@ -1,6 +1,9 @@
 // All kernels for one instruction set; compiled once for each, with JAXSPARSE_ISA as its name.
+#include <type_traits>
+
 #include "kernels.h"
 
+#include "amx.h"
 #include "blocks.h"
 #include "blocks_outer.h"
 #include "n_m.h"
@@ -36,6 +39,9 @@ bool run_spmm(const Product& p, const Pool& pool) {
     using S = decltype(zero);
     if (p.depth == 1 && p.width == 1)
       return p.m == 1 ? one_row_spmm<S>(p, pool) : tiled_spmm<S, kTileVectors, false>(p, pool);
+#ifdef __AMX_BF16__
+    if (std::is_same<S, bf16>::value && has_tiles() && suits_tiles(p)) return tiles_spmm(p, pool);
+#endif
     return is_short<S>(p) ? tiled_spmm<S, kTileVectorsOfBlocks, true>(p, pool) : block_spmm<S>(p, pool);
   });
 }
@@ -43,6 +49,9 @@ bool run_spmm(const Product& p, const Pool& pool) {
 bool run_sddmm(const Outer& p, const Pool& pool) {
   return with_dtype(p.dtype, [&](auto zero) {
     using S = decltype(zero);
+#ifdef __AMX_BF16__
+    if (std::is_same<S, bf16>::value && has_tiles() && suits_tiles(p)) return tiles_sddmm(p, pool);
+#endif
     if (p.depth != 1 || p.width != 1) return block_sddmm<S>(p, pool);
     Grads<S> g{};
     g.lines = p.lines;

@@ -103,6 +103,9 @@ bool use_isa(const char* name);
 // it against gather data sampling, as on Intel's server processors before Sapphire Rapids.
 bool has_fast_gather();
 
+// Whether the instruction set in use has tile registers for bfloat16 (AMX), and the system lets this process use them.
+bool has_tiles();
+
 // The kernels of the instruction set in use.
 const KernelTable& kernels();
 

@@ -13,7 +13,7 @@ import cpu_kernels as ck
 from cpu_kernels import _library
 from jaxsparse import _xla, testing
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "amx")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -166,6 +166,18 @@ def test_products_and_gradients_match_the_dense_product(shape, block, dtype):
         for m, case, got in zip(BATCHES, cases, program(operands), strict=True):
             for name, value in got.items():
                 assert value.dtype == case.dtype
+                assert_close(value, case.wanted[name], f"{name}, {isa}, batch {m}")
+
+
+@pytest.mark.parametrize("block", [(16, 16), (32, 32), (64, 16), (32, 48), (48, 32), (16, 64)], ids=str)
+def test_bfloat16_blocks_that_whole_tiles_cover_match_the_dense_product(block):
+    batches = [15, 16, 17, 47, 70]
+    cases = [Case(m, (192, 192), block, 0.3, "bfloat16") for m in batches]
+    operands = [(case.x, case.dy, case.blocks, vars(case.index)) for case in cases]
+    program = jax.jit(lambda all: [products(case, *each) for case, each in zip(cases, all, strict=True)])
+    for isa in each_isa_here():
+        for m, case, got in zip(batches, cases, program(operands), strict=True):
+            for name, value in got.items():
                 assert_close(value, case.wanted[name], f"{name}, {isa}, batch {m}")
 
 

@@ -188,3 +188,21 @@ def test_both_faces_use_one_instruction_set():
         assert direct.opened().jaxsparse_cpu_isa() == b"portable"
     finally:
         ck.use_isa(before)
+
+
+@pytest.mark.parametrize("isa, kept", [("portable", True), ("avx512", True), ("amx", False)])
+def test_tile_registers_alone_take_subnormal_numbers_for_zeros(isa, kept):
+    before = ck.isa()
+    try:
+        ck.use_isa(isa)
+    except ValueError as lacking:
+        pytest.skip(str(lacking))
+    x, values, y = (
+        torch.full(size, v).bfloat16() for size, v in (((16, 32), 2.0**-130), ((1, 32, 32), 2.0**20), ((16, 32), 9))
+    )
+    lines = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0], dtype=torch.int32), None
+    try:
+        direct.Kernels(torch).spmm(x, values, lines, None, y, (32, 32, 32, 32), False)
+    finally:
+        ck.use_isa(before)
+    assert bool((y.double() == (32 * 2.0**-110 if kept else 0)).all())

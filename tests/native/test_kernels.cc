@@ -458,7 +458,7 @@ int main(int argc, char** argv) {
                               {16, 16, 50, 70}, {32, 32, 96, 64}, {4, 12, 30, 50}, {5, 7, 37, 53},
                               {3, 40, 20, 90},  {64, 64, 64, 64}, {16, 1, 40, 9},  {1, 16, 9, 40},
                               {33, 35, 70, 71}};
-  for (const char* name : {"portable", "avx2", "avx512"}) {
+  for (const char* name : {"portable", "avx2", "avx512", "amx"}) {
     if (!use_isa(name)) {
       std::printf("%s: this machine lacks it, not run\n", name);
       continue;
