@@ -33,12 +33,12 @@ class Tiles {
 // Inputs that one multiplication sums: a whole tile's, or those of a block of 16.
 int64_t step_of(int64_t depth) { return least<int64_t>(depth, 2 * kTile); }
 
-// How an operand's tiles lie: bytes from row to row, and from a tile to its neighbour, in the rows of x or columns of w.
+// How an operand's tiles lie: bytes from row to row, and from a tile to the next in the rows of x or the columns of w.
 struct Layout {
   int64_t row, tile;
 };
 
-// R x N tiles of sums = x w, over steps e < count. `at(e, &x, &w)` says where both begin there, for one e after another.
+// R x N tiles of sums = x w, over steps e < count. `at(e, &x, &w)` says where both begin there, asked in order.
 template <int R, int N, class F>
 ALWAYS_INLINE void multiply_tiles(const Layout& x, const Layout& w, int64_t count, float* sums, F at) {
   _tile_zero(0);
@@ -119,8 +119,10 @@ void multiply_columns(const Product& p, const bf16* rest, const bf16* w, int64_t
   const int64_t bytes = p.in * int64_t(sizeof(bf16));
   const auto run = [&](int64_t t, auto rows) {
     const bf16* x = (t + 1) * kTile <= p.m ? static_cast<const bf16*>(p.x) + t * kTile * p.in : rest;
+    const int32_t* entry = index;
+    int64_t input = 0;
     multiply_tiles<rows.R, N>({bytes, kTile * bytes}, {N * 64, 64}, count, sums,
-                              [&, entry = index, input = int64_t{0}](int64_t e, const bf16** from, const bf16** by) mutable {
+                              [&](int64_t e, const bf16** from, const bf16** by) {
                                 *from = x + *entry * p.depth + input;
                                 *by = w + e * step * N * kTile;
                                 if ((input += step) < p.depth) return;
@@ -143,7 +145,8 @@ void multiply_columns(const Product& p, const bf16* rest, const bf16* w, int64_t
 
 // Whether whole tiles cover the blocks, and enough rows pay for rearranging the values.
 bool suits_tiles(const Product& p) {
-  return p.m >= kTile && p.width % kTile == 0 && (p.depth == kTile || p.depth % (2 * kTile) == 0) &&
+  const int64_t enough = p.transposed ? kRowsWorthTransposedTiles : kTile;
+  return p.m >= enough && p.width % kTile == 0 && (p.depth == kTile || p.depth % kTwoTiles == 0) &&
          p.in % p.depth == 0 && p.out % p.width == 0;
 }
 
@@ -185,7 +188,7 @@ bool tiles_spmm(const Product& p, const Pool& pool) {
   return true;
 }
 
-// One operand of the sampled product, [rows][width], as tiles of 16 of its columns and 32 of its rows, which are summed:
+// One operand of the sampled product, [rows][width], as tiles of 16 of its columns and 32 of its rows, the summed ones:
 // [width / 16][rows / 32][16][64 bytes], zeros beyond the last row. `across`: a tile's rows are its columns; else pairs
 // of rows.
 struct Summed {
