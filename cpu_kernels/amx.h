@@ -31,7 +31,7 @@ class Tiles {
 };
 
 // Inputs that one multiplication sums: a whole tile's, or those of a block of 16.
-int64_t step_of(int64_t depth) { return least<int64_t>(depth, 2 * kTile); }
+int64_t step_of(int64_t depth) { return least(depth, kTwoTiles); }
 
 // How an operand's tiles lie: bytes from row to row, and from a tile to the next in the rows of x or the columns of w.
 struct Layout {
@@ -92,7 +92,7 @@ void pack_pairs(const Product& p, int64_t line, int64_t j, bf16* to) {
           store_pairs(pairs_of(block + d * p.width + column, block + (d + 1) * p.width + column), at);
         continue;
       }
-      for (int64_t d = 0; d < p.depth; d += 2 * kTile) {
+      for (int64_t d = 0; d < p.depth; d += kTwoTiles) {
         const int64_t pairs = least<int64_t>(kTile, (p.depth - d) / 2);
         Pairs r[kTile];
 #pragma GCC unroll 16
@@ -194,8 +194,8 @@ bool tiles_spmm(const Product& p, const Pool& pool) {
 struct Summed {
   int64_t rows, width, steps;
 
-  Summed(int64_t rows_, int64_t width_) : rows(rows_), width(width_), steps(ceil_div(rows_, 2 * kTile)) {}
-  static constexpr int64_t kTileNumbers = 2 * kTile * kTile;
+  Summed(int64_t rows_, int64_t width_) : rows(rows_), width(width_), steps(ceil_div(rows_, kTwoTiles)) {}
+  static constexpr int64_t kTileNumbers = kTwoTiles * kTile;
   int64_t size() const { return width / kTile * steps * kTileNumbers; }
   Layout layout() const { return {64, steps * kTileNumbers * int64_t(sizeof(bf16))}; }
   const bf16* at(const bf16* packed, int64_t column) const { return packed + column / kTile * steps * kTileNumbers; }
@@ -203,7 +203,7 @@ struct Summed {
   template <bool kAcross>
   void pack(const bf16* x, int64_t step, bf16* to) const {
     static const bf16 zeros[kTile] = {};
-    const int64_t first = step * 2 * kTile;
+    const int64_t first = step * kTwoTiles;
     for (int64_t f = 0; f < width; f += kTile) {
       const auto row = [&](int64_t i) { return first + i < rows ? x + (first + i) * width + f : zeros; };
       Pairs r[kTile];
@@ -212,7 +212,7 @@ struct Summed {
       if (kAcross) transpose<kTile>(r);
       bf16* tile = to + (f / kTile * steps + step) * kTileNumbers;
 #pragma GCC unroll 16
-      for (int i = 0; i < kTile; ++i) store_pairs(r[i], tile + 2 * i * kTile);
+      for (int i = 0; i < kTile; ++i) store_pairs(r[i], tile + i * kTwoTiles);
     }
   }
 };
@@ -257,7 +257,7 @@ bool tiles_sddmm(const Outer& p, const Pool& pool) {
   };
   const int64_t parts = workers == 1 ? 1 : least<int64_t>(lines.lines * pieces, workers * kTasksPerWorker);
   const auto multiply = [&](int64_t part, int) {
-    const Tiles configured(2 * kTile);
+    const Tiles configured(kTwoTiles);
     const int64_t end = unit_of_part(lines, pieces, part + 1, parts);
     for (int64_t u = unit_of_part(lines, pieces, part, parts); u < end; ++u) {
       const int64_t n = u / pieces, j = u % pieces * kTwoTiles;

@@ -140,7 +140,7 @@ constexpr int64_t kWideBlock = 512;
 constexpr int kFetchRows = 12;
 
 // Bytes of each row of x that are fetched for the next block. All of them in blocks of 128 instead: 0.99 times as fast
-// with AVX-512, 0.96 with AVX2; none: blocks of 32 at 10 % are 0.78 times as fast with AVX2. 128 bytes with AVX-512: 0.97.
+// with AVX-512, 0.96 with AVX2; none: blocks of 32 at 10 % are 0.78 times as fast with AVX2. 128 bytes with AVX-512: 0.98.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr int64_t kFetchedOfRow = 128;
 #else
