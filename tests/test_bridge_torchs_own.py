@@ -6,7 +6,7 @@ pytest.importorskip("torch", reason="torch_bridge needs torch")
 
 import torch
 
-from torch_bridge import _matrix, _memory, products
+from torch_bridge import BlockDiagLinear, _matrix, _memory, products
 
 ROWS = [(5,), (2, 3), (0,), ()]  # leading dimensions of x
 SIZES = [(1, 6, 4), (3, 4, 6)]
@@ -21,7 +21,7 @@ def operands(sizes, leading):
 
 @pytest.fixture
 def always(monkeypatch):
-    monkeypatch.setattr(_matrix, "_is_torchs", lambda sizes: True)
+    monkeypatch.setattr(_matrix, "_is_torchs", lambda sizes, trains: True)
 
 
 @pytest.mark.parametrize("leading", ROWS, ids=str)
@@ -49,19 +49,53 @@ def test_no_node_of_ours_is_in_the_graph(always, sizes):
 
 
 @pytest.mark.parametrize(
-    "sizes, own",
+    "sizes, trained, used",
     [
-        ((1, 64, 64), True),
-        ((1, 32, 64), False),
-        ((8, 128, 256), True),
-        ((8, 64, 256), False),
-        ((2, 256, 512), True),
-        ((2, 128, 256), False),
-        ((1, 1024, 1024), False),
+        ((1, 64, 64), False, False),
+        ((1, 128, 128), True, True),
+        ((4, 128, 256), True, False),
+        ((8, 128, 256), False, False),
+        ((8, 256, 256), True, False),
+        ((2, 256, 512), True, True),
+        ((2, 128, 256), False, False),
+        ((16, 512, 512), True, True),
+        ((1, 1024, 1024), False, False),
     ],
 )
-def test_which_layers_are_multiplied_so(sizes, own):
-    assert _matrix._is_torchs(sizes) is own
+def test_which_layers_are_multiplied_so(monkeypatch, sizes, trained, used):
+    """In training, where a node of ours in the graph costs time of its own, more of them."""
+    monkeypatch.setattr(_matrix, "_isa", lambda: "avx512")
+    _matrix._prefers_dense.cache_clear()
+    _matrix._is_torchs.cache_clear()
+    assert (_matrix._is_torchs(sizes, True), _matrix._is_torchs(sizes, False)) == (trained, used)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own imports
+def test_a_layer_is_so_under_transforms_too(always):
+    layer = BlockDiagLinear(12, 18, 3, dtype=torch.float64, activation="relu")
+    x = torch.randn(5, 12, dtype=torch.float64)
+    y = (x @ torch.block_diag(*layer.weight) + layer.bias).relu()
+    torch.testing.assert_close(layer(x), y)
+    torch.testing.assert_close(torch.func.vmap(layer)(x[:, None])[:, 0], y)
+    torch.testing.assert_close(torch.func.jacrev(layer)(x[0]), torch.func.jacfwd(layer)(x[0]))
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")  # torch's own
+def test_graphs_hold_the_operator_whoever_trains(always):
+    layer, x = BlockDiagLinear(12, 18, 3, dtype=torch.float64), torch.randn(5, 12, dtype=torch.float64)
+    rows = {0: torch.export.Dim("rows", min=2)}
+    for trains in (True, False):
+        exported = torch.export.export(layer.requires_grad_(trains), (x,), dynamic_shapes=(rows,))
+        assert "jaxsparse.block_diag_matmul" in exported.graph_module.code
+        torch.testing.assert_close(exported.module()(x[:3]), layer(x[:3]))
+
+
+def test_a_dtype_that_does_not_fit_and_autocast_take_the_usual_way(always):
+    layer = BlockDiagLinear(12, 18, 3)
+    with pytest.raises(ValueError, match="nothing is cast silently"):
+        layer(torch.randn(5, 12, dtype=torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(5, 12)).dtype == torch.bfloat16
 
 
 def test_halves_are_not(always):

@@ -35,26 +35,28 @@ def _isa() -> str:
 def _prefers_dense(product: str, sizes: tuple[int, int, int]) -> bool:
     """Whether torch's own batched product is the faster "multiply" or "sample" of `sizes` = (n, i, o).
 
-    As raced on one core for 1 to 1024 rows, by AVX-512 and by AVX2, which agreed (docs/performance.md). Kernels read
-    and write blocks where they lie; torch's product of large blocks uses the cache better, and its weight gradient,
-    for which nothing has to be moved, wins from small sizes on.
+    As raced for 8 to 1024 rows, by AVX-512 and by AVX2, which agreed (docs/performance.md). Kernels read and write
+    blocks where they lie; torch's product of large blocks uses the cache better, and its weight gradient, for which
+    nothing has to be moved, wins from smaller sizes on.
     """
     n, features = sizes[0], min(sizes[1:])
     if _isa() == "portable":
         return features >= 16
     if product == "sample":
-        return features >= 64
-    return features >= 512 or (features >= 256 and n < 8)
+        return features >= 128
+    return features >= (128 if n == 1 else 256 if n < 8 else 512)
 
 
 @functools.cache
-def _is_torchs(sizes: tuple[int, int, int]) -> bool:
-    """Whether a layer of `sizes` = (n, i, o) is faster by torch's own operators, a node of ours in the graph counted.
+def _is_torchs(sizes: tuple[int, int, int], trains: bool) -> bool:
+    """Whether a layer of `sizes` = (n, i, o) is faster by torch's own operators, a node of ours in the graph counted if
+    it `trains`.
 
     From `_IN_PLACE` on it pays to write results where they belong and in large pages, which such a node does.
     """
     n, features = sizes[0], min(sizes[1:])
-    return (64 if n == 1 else 256 if n < 4 else 128) <= features < _IN_PLACE
+    from_here_on = (128 if n == 1 or 4 <= n < 8 else 256) if trains else 16
+    return from_here_on <= features < _IN_PLACE and (trains or _prefers_dense("multiply", sizes))
 
 
 @functools.cache
@@ -187,18 +189,22 @@ class Diagonal:
             dx, dw = own_dx if for_x else dx, own_dw if for_w else dw
         return dx, dw, sum_of_rows(dy) if for_bias and not is_wide else db
 
-    def is_torchs(self, x: Tensor) -> bool:
-        """Whether torch's own operators are the best there is in both directions, and need no node of ours."""
-        return x.dtype in _WIDE and _is_torchs(self.sizes)
+    def is_torchs(self, x: Tensor, trains: bool) -> bool:
+        """Whether torch's own operators are the best there is, in both directions if it `trains`, and need no node of
+        ours."""
+        return x.dtype in _WIDE and _is_torchs(self.sizes, trains)
 
     def by_torch(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         """x W + bias by operators that torch differentiates itself."""
         n, w = self.sizes[0], w.mT if self.transposed else w
         if n == 1:
-            rows, w = x.reshape(x.shape[:-1].numel(), x.shape[-1]), w.squeeze(0)
+            w = w.squeeze(0)
+            if x.ndim == 2:
+                return x @ w if bias is None else torch.addmm(bias, x, w)
+            rows = x.reshape(-1, x.shape[-1])
             y = rows @ w if bias is None else torch.addmm(bias, rows, w)
         else:
-            blocks = x.reshape(x.shape[:-1].numel(), n, x.shape[-1] // n).transpose(0, 1)
+            blocks = x.reshape(-1, n, x.shape[-1] // n).transpose(0, 1)
             y = torch.bmm(blocks, w) if bias is None else torch.baddbmm(bias.view(n, 1, -1), blocks, w)
             y = y.transpose(0, 1)
         return y.reshape(*x.shape[:-1], n * w.shape[-1])

@@ -31,6 +31,15 @@ def is_direct(x: Tensor, w: Tensor, backend: str | None) -> bool:
     return x.is_cpu and w.is_cpu and backend in (None, "cpu") and WHY_NOT is None
 
 
+def is_torchs(matrix: Diagonal, x: Tensor, w: Tensor, backend: str | None) -> bool:
+    """Whether a layer's product is torch's own operators and nothing else, under torch.func's transforms too. Graphs
+    hold the operator instead, whoever trains."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype != w.dtype or _watch.any_autocast():
+        return False
+    trains = torch.is_grad_enabled() and (w.requires_grad or x.requires_grad)
+    return matrix.is_torchs(x, trains) and is_direct(x, w, backend)
+
+
 def goes_to_onnx() -> bool:
     """Whether torch.onnx.export records."""
     return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
@@ -59,7 +68,7 @@ def multiply(matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None = None, a
         return ACTIVATIONS[activation](multiply(matrix, x, w, bias))
     if transforms:
         return _MultiplyUnderTransforms.apply(matrix, x, w, bias, *matrix.index)
-    if isinstance(matrix, Diagonal) and matrix.is_torchs(x):
+    if isinstance(matrix, Diagonal) and matrix.is_torchs(x, is_trained(x, w, bias)):
         y = matrix.by_torch(x, w, bias)
         return ACTIVATIONS[activation](y) if activation else y
     if torch.is_grad_enabled() and not activation:
