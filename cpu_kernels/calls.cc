@@ -19,7 +19,7 @@ std::string text(const int64_t* v, int64_t n) {
 }
 
 const char* name_of(Type type) {
-  static const char* const names[] = {"float32", "float64", "bfloat16", "float16", "int32", "another dtype"};
+  static const char* const names[] = {"float32", "float64", "bfloat16", "float16", "int32", "uint16", "another dtype"};
   return names[static_cast<int>(type)];
 }
 
@@ -62,16 +62,22 @@ struct Needs {
     shape(name, b, dims, i == 1 && o == 1 ? 1 : 3);
   }
   void activation(int64_t number) { that(number >= 0 && number <= 3, "no activation " + std::to_string(number)); }
-  Lines lines(const Index& i, int64_t limit) {
+  Lines lines(const Index& i, int64_t limit, bool may_be_narrow = false) {
+    const bool narrow = may_be_narrow && i.index.type == Type::u16 && i.order.count() == 0;
     dtype("the index pointers", i.ptr, Type::i32);
-    dtype("the index", i.index, Type::i32);
+    dtype("the index", i.index, narrow ? Type::u16 : Type::i32);
     dtype("the order", i.order, Type::i32);
     const int64_t entries = i.index.count(), order = i.order.count();
     that(i.ptr.count() >= 1, "index pointers are empty");
     that(order == 0 || order == entries, "order has " + std::to_string(order) + " entries, index has " +
                                              std::to_string(entries));
-    return {i.ptr.count() - 1, limit, entries, static_cast<const int32_t*>(i.ptr.data),
-            static_cast<const int32_t*>(i.index.data), order ? static_cast<const int32_t*>(i.order.data) : nullptr};
+    return {i.ptr.count() - 1,
+            limit,
+            entries,
+            static_cast<const int32_t*>(i.ptr.data),
+            narrow ? nullptr : static_cast<const int32_t*>(i.index.data),
+            order ? static_cast<const int32_t*>(i.order.data) : nullptr,
+            narrow ? static_cast<const uint16_t*>(i.index.data) : nullptr};
   }
 };
 
@@ -150,7 +156,7 @@ std::string call_spmm(const Buffer& x, const Buffer& values, const Index& index,
   p.width = transposed ? sizes.block_in : sizes.block_out;
   p.transposed = transposed;
   p.activation = static_cast<Activation>(activation);
-  p.lines = needs.lines(index, slices(p.in, p.depth));
+  p.lines = needs.lines(index, slices(p.in, p.depth), p.m == 1 && p.depth == 1 && p.width == 1);
   needs.activation(activation);
   needs.rows("x", x, p.in);
   needs.values("blocks", values, p.lines.entries, sizes.block_in, sizes.block_out);

@@ -8,7 +8,7 @@
 
 namespace jaxsparse_cpu {
 
-enum class Type { f32, f64, bf16, f16, i32, other };
+enum class Type { f32, f64, bf16, f16, i32, u16, other };
 
 // An array as a caller hands it over, its elements in C order.
 struct Buffer {
@@ -24,7 +24,8 @@ struct Buffer {
   }
 };
 
-// The index of a matrix as one product reads it; `order` is empty where entries lie in the order of the lines.
+// The index of a matrix as one product reads it; `order` is empty where entries lie in the order of the lines, and then
+// `index` may be uint16 in a product of one row with single entries.
 struct Index {
   Buffer ptr, index, order;
 };

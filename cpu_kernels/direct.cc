@@ -23,9 +23,10 @@ struct DLTensor {
 };
 
 Type type_of(const DLTensor& t) {
-  enum { kInt = 0, kFloat = 2, kBfloat = 4 };
+  enum { kInt = 0, kUint = 1, kFloat = 2, kBfloat = 4 };
   if (t.lanes != 1) return Type::other;
   if (t.code == kInt && t.bits == 32) return Type::i32;
+  if (t.code == kUint && t.bits == 16) return Type::u16;
   if (t.code == kBfloat && t.bits == 16) return Type::bf16;
   if (t.code != kFloat) return Type::other;
   return t.bits == 32 ? Type::f32 : t.bits == 64 ? Type::f64 : t.bits == 16 ? Type::f16 : Type::other;

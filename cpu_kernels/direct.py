@@ -64,7 +64,8 @@ class Kernels:
           x, y: [..., features].
           values: [nnzb, i, o], or [nnz] for single entries.
           lines: int32 pointers, index and order of the matrix by columns (by rows for W^T); the order is None where
-            it is that of `values`.
+            it is that of `values`. Then, for x of one row and single entries, the index may be uint16, which is 1.2 to
+            1.4 times as fast where it comes from memory.
           bias: one number per output, or None.
           sizes: (in, out, i, o) of the stored matrix.
         """

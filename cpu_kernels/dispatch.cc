@@ -111,8 +111,9 @@ std::string wrong_pointers(const Lines& l) {
 
 std::string wrong_index(const Lines& l) {
   for (int64_t k = 0; k < l.entries; ++k) {
-    if (l.index[k] < 0 || l.index[k] >= l.limit)
-      return "index " + text(l.index[k]) + " of entry " + text(k) + " is not in [0, " +
+    const int64_t index = l.narrow ? l.narrow[k] : l.index[k];
+    if (index < 0 || index >= l.limit)
+      return "index " + text(index) + " of entry " + text(k) + " is not in [0, " +
              text(l.limit) + ")";
     if (l.order && (l.order[k] < 0 || l.order[k] >= l.entries))
       return "order " + text(l.order[k]) + " of entry " + text(k) + " is not in [0, " +

@@ -24,10 +24,11 @@ struct Pool {
 
 // Entries ptr[n] .. ptr[n+1]-1 belong to line n. `index` says which slice of the other side an
 // entry meets (ascending within a line); `order` where its values lie, null when entry k's
-// values are the k-th.
+// values are the k-th. A product of one row with single entries takes `narrow`, of 16 bits, in place of `index`.
 struct Lines {
   int64_t lines, limit, entries;
   const int32_t *ptr, *index, *order;
+  const uint16_t* narrow = nullptr;
 };
 
 // y[m, out] = activation(x[m, in] W + bias). W has blocks of (depth, width) as this product sees

@@ -2,6 +2,9 @@
 // feature is a few whole vectors and a sparse entry is a load and a multiply-add each.
 #pragma once
 
+#include <limits>
+#include <type_traits>
+
 #include "choose.h"
 #include "epilogue.h"
 #include "kernels.h"
@@ -41,18 +44,21 @@ struct Flag {
 };
 
 // Whether all of index[begin .. end) lie in [0, limit): one compare a vector.
-bool in_range(const int32_t* index, int64_t begin, int64_t end, int64_t limit) {
-  constexpr int L = kVectorBytes / 4;
-  using V = Vector<uint32_t, L>;
-  const V bound = splat<L>(static_cast<uint32_t>(limit));
-  Vector<int32_t, L> bad{};
+template <class I>
+bool in_range(const I* index, int64_t begin, int64_t end, int64_t limit) {
+  constexpr int L = kVectorBytes / sizeof(I);
+  using Unsigned = std::make_unsigned_t<I>;
+  using V = Vector<Unsigned, L>;
+  if (limit > std::numeric_limits<Unsigned>::max()) return true;
+  const V bound = splat<L>(static_cast<Unsigned>(limit));
+  Vector<std::make_signed_t<I>, L> bad{};
   int64_t k = begin;
   for (; k + L <= end; k += L) {
     bad |= load_bits<V>(index + k) >= bound;
   }
   bool ok = true;
   for (int i = 0; i < L; ++i) ok &= bad[i] == 0;
-  for (; k < end; ++k) ok &= static_cast<uint32_t>(index[k]) < static_cast<uint32_t>(limit);
+  for (; k < end; ++k) ok &= static_cast<Unsigned>(index[k]) < static_cast<Unsigned>(limit);
   return ok;
 }
 

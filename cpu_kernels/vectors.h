@@ -212,15 +212,28 @@ ALWAYS_INLINE void keep(const T*& p) {
   __asm__("" : "+r"(p));
 }
 
+#if defined(__AVX512F__)
+// 16 or 8 whole numbers as those of 32 bits.
+ALWAYS_INLINE __m512i load_16(const int32_t* index) { return _mm512_loadu_si512(index); }
+ALWAYS_INLINE __m512i load_16(const uint16_t* index) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)));
+}
+ALWAYS_INLINE __m256i load_8(const int32_t* index) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
+}
+ALWAYS_INLINE __m256i load_8(const uint16_t* index) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index)));
+}
+#endif
+
 // base[index[i]] in lane i; kByOne: by the instruction for it, where there is one for these types.
-template <int L, bool kByOne, class S>
-ALWAYS_INLINE Vector<Sum<S>, L> gather(const S* base, const int32_t* index) {
+template <int L, bool kByOne, class S, class I>
+ALWAYS_INLINE Vector<Sum<S>, L> gather(const S* base, const I* index) {
 #if defined(__AVX512F__)
   if constexpr (kByOne && L == 16 && sizeof(S) == 4)
-    return bit_cast<Vector<Sum<S>, L>>(_mm512_i32gather_ps(_mm512_loadu_si512(index), base, 4));
+    return bit_cast<Vector<Sum<S>, L>>(_mm512_i32gather_ps(load_16(index), base, 4));
   if constexpr (kByOne && L == 8 && sizeof(S) == 8)
-    return bit_cast<Vector<Sum<S>, L>>(
-        _mm512_i32gather_pd(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), base, 8));
+    return bit_cast<Vector<Sum<S>, L>>(_mm512_i32gather_pd(load_8(index), base, 8));
 #endif
   Vector<Sum<S>, L> v;
   for (int i = 0; i < L; ++i) v[i] = widen(base[index[i]]);

@@ -1,5 +1,6 @@
 """The products on CPU tensors, straight to the kernels: values, and derivatives in every mode."""
 
+import copy
 import types
 
 import pytest
@@ -82,11 +83,12 @@ CHOICES = [  # (kernels, product, sizes, torch's own?)
     ("avx512", "multiply", (16, 256, 256), False),
     ("avx512", "multiply", (4, 256, 256), True),
     ("avx512", "multiply", (16, 512, 512), True),
-    ("avx512", "multiply", (1, 128, 128), False),
+    ("avx512", "multiply", (1, 128, 128), True),
+    ("avx512", "multiply", (1, 64, 64), False),
     ("avx2", "multiply", (4, 1024, 128), False),
-    ("avx2", "sample", (4, 64, 64), True),
-    ("avx2", "sample", (2, 64, 64), True),
-    ("avx2", "sample", (64, 32, 32), False),
+    ("avx2", "sample", (4, 128, 128), True),
+    ("avx2", "sample", (2, 128, 256), True),
+    ("avx2", "sample", (64, 64, 64), False),
     ("portable", "multiply", (4, 16, 16), True),
     ("portable", "sample", (4, 8, 8), False),
 ]
@@ -277,3 +279,16 @@ def test_a_batch_of_cotangents_by_the_old_vmap_is_refused_with_the_way_out():
     y = products.multiply(matrix, x, w, bias).sum(1)
     with pytest.raises(RuntimeError, match="torch.func.vmap and jacrev work"):
         torch.autograd.grad(y, x, torch.eye(5, dtype=torch.float64), is_grads_batched=True)
+
+
+def test_one_row_at_a_time_reads_a_copy_of_the_index_in_16_bits_and_anew_after_the_pattern_moved(monkeypatch):
+    monkeypatch.setattr(_matrix, "_WORTH_NARROWING", 1)
+    layer, other, x = SparseLinear(12, 8, 0.4), SparseLinear(12, 8, 0.4), torch.randn(1, 12)
+    assert (layer.row_index != other.row_index).any()
+    for source in (layer, other):
+        layer.load_state_dict(source.state_dict())
+        for calls in range(3):
+            torch.testing.assert_close(layer(x), layer.to_linear()(x))
+            assert (layer._matrix._narrow is not None) == (calls > 0)
+        torch.testing.assert_close(layer(x.expand(3, -1)), layer.to_linear()(x.expand(3, -1)))
+    assert copy.deepcopy(layer)._matrix is None

@@ -133,6 +133,39 @@ def test_activations_are_applied_after_the_bias():
         torch.testing.assert_close(y, f(plain))
 
 
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_one_row_by_an_index_of_16_bits_gives_the_same_bits(dtype, isa):
+    before, sizes = ck.isa(), (300, 70, 1, 1)
+    try:
+        ck.use_isa(isa)
+    except ValueError as error:
+        pytest.skip(str(error))
+    try:
+        ptr, index = (of(a, torch) for a in testing._random(sizes[:2], 0.3, (1, 1))().index[:2])
+        x, w, bias = (torch.randn(s).to(getattr(torch, dtype)) for s in ((1, 300), (len(index),), (70,)))
+        y, narrow = torch.empty(2, 1, 70, dtype=x.dtype)
+        kernels = direct.Kernels(torch)
+        kernels.spmm(x, w, (ptr, index, None), bias, y, sizes, False, "relu")
+        kernels.spmm(x, w, (ptr, index.to(torch.uint16), None), bias, narrow, sizes, False, "relu")
+        assert y.any() and (narrow == y).all()
+        with pytest.raises(ValueError, match=r"index 6\d+ of entry 0 is not in \[0, 300\)"):
+            kernels.spmm(x, w, (ptr, (index + 60000).to(torch.uint16), None), bias, narrow, sizes, False)
+        with pytest.raises(ValueError, match="the index is uint16, needs int32"):
+            kernels.spmm(x.expand(2, -1).contiguous(), w, (ptr, index.to(torch.uint16), None), bias, y, sizes, False)
+    finally:
+        ck.use_isa(before)
+
+
+@pytest.mark.parametrize("features", [2**16, 2**16 + 1])
+def test_the_largest_index_of_16_bits(features):
+    """Where no number of 16 bits is too large, none is refused."""
+    kernels, x, y = direct.Kernels(None), np.arange(features, dtype=np.float32)[None], np.empty((1, 1), np.float32)
+    lines = np.array([0, 2], np.int32), np.array([1, 2**16 - 1], np.uint16), None
+    kernels.spmm(x, np.ones(2, np.float32), lines, None, y, (features, 1, 1, 1), False)
+    assert y == 2**16
+
+
 BAD = {
     "x of strides": (lambda a: {**a, "x": a["x"].T.contiguous().T}, "x is not contiguous"),
     "x of integers": (lambda a: {**a, "x": a["x"].int()}, "x must be float32, float64, bfloat16 or float16"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_bridge import _watch, products
-from torch_bridge._matrix import ACTIVATIONS, Matrix
+from torch_bridge._matrix import ACTIVATIONS, Diagonal, Matrix
 from torch_bridge._views import NO_VIEWS
 
 
@@ -31,6 +31,15 @@ def multiply(layer: Any, x: Tensor, index, matrix: Matrix) -> Tensor:
         return products.multiply(matrix, x, weight, bias, activation)
     y = layer._through_jax({"bias": bias, "index": index, "weight": weight, "x": x}, views)
     return ACTIVATIONS[activation](y) if activation else y
+
+
+def multiply_diagonal(layer: Any, x: Tensor, matrix: Diagonal) -> Tensor:
+    """`multiply` with a block-diagonal weight; a short way where torch's own operators are all that it comes to."""
+    weight, activation = layer.weight, layer.activation
+    if products.is_torchs(matrix, x, weight, layer._product.backend):
+        y = matrix.by_torch(x, weight, layer.bias)
+        return y if activation is None else ACTIVATIONS[activation](y)
+    return multiply(layer, x, None, matrix)
 
 
 def known(activation: str | None) -> str | None:

@@ -22,6 +22,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # as the kernels have th
     "silu": F.silu,
 }
 _WIDE = (torch.float32, torch.float64)
+# Of one row, where entries come from behind the second-level cache and are half index: half as much of that in 16 bits.
+_WORTH_NARROWING = 2**18
 _IN_PLACE = 1024  # features of a block from which on its result is written where it belongs
 WHY_NOT = direct.why_not(torch)  # the reason why CPU tensors can't be multiplied here without JAX, if there is one
 
@@ -78,6 +80,8 @@ class Sparse:
     sizes: tuple[int, int, int, int]
     transposed: bool = False
     _plain: tuple[Tensor, ...] | None = dataclasses.field(default=None, init=False, repr=False)
+    _narrow: Tensor | None = dataclasses.field(default=None, init=False, repr=False)
+    _lone_rows: int = dataclasses.field(default=0, init=False, repr=False)
 
     @property
     def T(self) -> Sparse:
@@ -90,7 +94,12 @@ class Sparse:
 
     def multiply(self, x: Tensor, w: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
         y, index = in_large_pages(like(x, self.sizes[0 if self.transposed else 1])), self._plain_index()
-        lines = index[2:] if self.transposed else (index[0], index[1], None)
+        if self.transposed:
+            lines = index[2:]
+        elif x.numel() == self.sizes[0] and self._narrows():
+            lines = index[0], self._narrow_index(), None
+        else:
+            lines = index[0], index[1], None
         bias = bias if bias is None else plain(bias)
         _kernels().spmm(plain(x), plain(w), lines, bias, y, self.sizes, self.transposed, activation)
         return y
@@ -136,6 +145,18 @@ class Sparse:
         if self._plain is None:
             self._plain = tuple(map(plain, self.index))
         return self._plain
+
+    def _narrows(self) -> bool:
+        """Whether a product of one row is to read the index in 16 bits: from the second one on, so that a matrix that
+        is made for a single call does not."""
+        self._lone_rows += 1
+        fits = is_unstructured(self.sizes[2:]) and self.sizes[0] <= 2**16
+        return fits and self._lone_rows > 1 and self.index[1].shape[0] >= _WORTH_NARROWING
+
+    def _narrow_index(self) -> Tensor:
+        if self._narrow is None:
+            self._narrow = self._plain_index()[1].to(torch.uint16)
+        return self._narrow
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

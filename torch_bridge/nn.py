@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from jaxsparse._arguments import features_per_block
 from jaxsparse._sizes import is_unstructured
-from torch_bridge import _dense, _draw, _index, _layer, _linear, _stored, products
-from torch_bridge._matrix import ACTIVATIONS, Diagonal, Sparse
+from torch_bridge import _dense, _draw, _index, _layer, _linear, _stored
+from torch_bridge._matrix import Diagonal, Sparse
 from torch_bridge._product import KEPT, Product, through_jax
 from torch_bridge._stored import Stored
 from torch_bridge._views import Views
@@ -104,11 +104,7 @@ class BlockDiagLinear(nn.Module):
         return _linear.to_dense(self, lambda blocks: torch.block_diag(*blocks))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if products.is_torchs(self._matrix, x, weight, self._product.backend):
-            y = self._matrix.by_torch(x, weight, self.bias)
-            return y if self.activation is None else ACTIVATIONS[self.activation](y)
-        return _layer.multiply(self, x, None, self._matrix)
+        return _layer.multiply_diagonal(self, x, self._matrix)
 
     def extra_repr(self) -> str:
         return (

@@ -282,8 +282,17 @@ struct Case {
   }
 
   void check_forward(Pool pool, Activation activation) {
-    y.poison();
+    check_product(pool, forward(), activation);
+    if (p.m != 1 || p.i * p.o > 1) return;
+    const std::vector<uint16_t> narrow(row_index.begin(), row_index.end());
     Product q = forward();
+    q.lines.index = nullptr;
+    q.lines.narrow = narrow.data();
+    check_product(pool, q, activation);
+  }
+
+  void check_product(Pool pool, Product q, Activation activation) {
+    y.poison();
     q.activation = activation;
     expect(run(q, pool).empty(), "spmm returns an error", name);
     for (size_t n = 0; n < true_y.size(); ++n)
