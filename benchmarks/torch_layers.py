@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import jaxsparse
 from benchmarks import _measure, _torch_figure, _torch_modules
 from torch_bridge import BlockDiagLinear, BlockSparseLinear, SparseLinear, sparsify
 
@@ -37,9 +38,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument("--only", choices=FAMILIES, action="append", help="one family of workloads; may be repeated")
     parser.add_argument("--seconds", type=float, default=1.5, help="for each cell")
+    parser.add_argument("--keep-memory", action="store_true", help="jaxsparse.keep_memory(), for all contenders")
     parser.add_argument("--out", default="benchmarks/results/torch_layers.json")
     args = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if args.keep_memory and not jaxsparse.keep_memory():
+        raise SystemExit("the C library here takes no wishes about memory")
     out = Path(args.out)
     kept = json.loads(out.read_text()) if args.only and out.exists() else {"families": {}}
     families = kept["families"]

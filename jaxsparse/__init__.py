@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jaxsparse._backends import why_not
     from jaxsparse._devices import devices
+    from jaxsparse._memory import keep_memory
     from jaxsparse._picture import plot_pattern
     from jaxsparse.costs.explaining import explain
     from jaxsparse.costs.measuring import measure
@@ -30,6 +31,7 @@ __all__ = [
     "decay_mask",
     "devices",
     "explain",
+    "keep_memory",
     "measure",
     "plot_pattern",
     "sddmm",
@@ -43,6 +45,7 @@ _HOMES = {
     "decay_mask": "jaxsparse.training.roles",
     "devices": "jaxsparse._devices",
     "explain": "jaxsparse.costs.explaining",
+    "keep_memory": "jaxsparse._memory",
     "measure": "jaxsparse.costs.measuring",
     "plot_pattern": "jaxsparse._picture",
     "summary": "jaxsparse.models.summary",

@@ -135,6 +135,7 @@ TABLE = {
     "jaxsparse/files/_torch.py": {"jax", "numpy", "torch", "jaxsparse.files"} | FILES,
     "jaxsparse/files/weights.py": NUMERIC | FORMATS,
     "jaxsparse/_text.py": {"rich"},
+    "jaxsparse/_memory.py": set(),
     "jaxsparse/_devices.py": {"jax", "torch", "cpu_kernels", "jaxsparse._backends", "jaxsparse._measured"}
     | {"jaxsparse._devices_table", "jaxsparse._text"},
     "jaxsparse/_devices_table.py": {"rich", "jaxsparse._devices"},
