@@ -51,14 +51,14 @@ def _prefers_dense(product: str, sizes: tuple[int, int, int]) -> bool:
 
 @functools.cache
 def _is_torchs(sizes: tuple[int, int, int], trains: bool) -> bool:
-    """Whether a layer of `sizes` = (n, i, o) is faster by torch's own operators, a node of ours in the graph counted if
-    it `trains`.
+    """Whether a layer of `sizes` = (n, i, o) is faster by torch's own operators, all that Python does for a product of
+    ours counted, and if it `trains` a node in the graph.
 
     From `_IN_PLACE` on it pays to write results where they belong and in large pages, which such a node does.
     """
     n, features = sizes[0], min(sizes[1:])
-    from_here_on = (128 if n == 1 or 4 <= n < 8 else 256) if trains else 16
-    return from_here_on <= features < _IN_PLACE and (trains or _prefers_dense("multiply", sizes))
+    pays = features >= 128 if trains or n < 8 else _prefers_dense("multiply", sizes)
+    return pays and features < _IN_PLACE
 
 
 @functools.cache
