@@ -21,7 +21,7 @@ def operands(sizes, leading):
 
 @pytest.fixture
 def always(monkeypatch):
-    monkeypatch.setattr(_matrix, "_is_torchs", lambda sizes, trains: True)
+    monkeypatch.setattr(_matrix, "_is_torchs", lambda sizes: True)
 
 
 @pytest.mark.parametrize("leading", ROWS, ids=str)
@@ -49,23 +49,18 @@ def test_no_node_of_ours_is_in_the_graph(always, sizes):
 
 
 @pytest.mark.parametrize(
-    "sizes, trained, used",
+    "sizes, own",
     [
-        ((1, 64, 128), False, False),
-        ((1, 128, 128), True, True),
-        ((4, 128, 256), True, True),
-        ((8, 128, 256), True, False),
-        ((8, 64, 256), False, False),
-        ((16, 512, 512), True, True),
-        ((1, 1024, 1024), False, False),
+        ((1, 64, 128), False),
+        ((1, 128, 128), True),
+        ((4, 128, 256), True),
+        ((8, 64, 256), False),
+        ((16, 512, 512), True),
+        ((1, 1024, 1024), False),
     ],
 )
-def test_which_layers_are_multiplied_so(monkeypatch, sizes, trained, used):
-    """In training, where a node of ours in the graph costs time of its own, more of them."""
-    monkeypatch.setattr(_matrix, "_isa", lambda: "avx512")
-    _matrix._prefers_dense.cache_clear()
-    _matrix._is_torchs.cache_clear()
-    assert (_matrix._is_torchs(sizes, True), _matrix._is_torchs(sizes, False)) == (trained, used)
+def test_which_layers_are_multiplied_so(sizes, own):
+    assert _matrix._is_torchs(sizes) is own
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own imports

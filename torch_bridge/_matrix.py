@@ -50,15 +50,13 @@ def _prefers_dense(product: str, sizes: tuple[int, int, int]) -> bool:
 
 
 @functools.cache
-def _is_torchs(sizes: tuple[int, int, int], trains: bool) -> bool:
+def _is_torchs(sizes: tuple[int, int, int]) -> bool:
     """Whether a layer of `sizes` = (n, i, o) is faster by torch's own operators, all that Python does for a product of
-    ours counted, and if it `trains` a node in the graph.
+    ours counted, and the node in the graph.
 
     From `_IN_PLACE` on it pays to write results where they belong and in large pages, which such a node does.
     """
-    n, features = sizes[0], min(sizes[1:])
-    pays = features >= 128 if trains or n < 8 else _prefers_dense("multiply", sizes)
-    return pays and features < _IN_PLACE
+    return 128 <= min(sizes[1:]) < _IN_PLACE
 
 
 @functools.cache
@@ -210,10 +208,9 @@ class Diagonal:
             dx, dw = own_dx if for_x else dx, own_dw if for_w else dw
         return dx, dw, sum_of_rows(dy) if for_bias and not is_wide else db
 
-    def is_torchs(self, x: Tensor, trains: bool) -> bool:
-        """Whether torch's own operators are the best there is, in both directions if it `trains`, and need no node of
-        ours."""
-        return x.dtype in _WIDE and _is_torchs(self.sizes, trains)
+    def is_torchs(self, x: Tensor) -> bool:
+        """Whether torch's own operators are the best there is in both directions, and need no node of ours."""
+        return x.dtype in _WIDE and _is_torchs(self.sizes)
 
     def by_torch(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         """x W + bias by operators that torch differentiates itself."""

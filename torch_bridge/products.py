@@ -36,8 +36,7 @@ def is_torchs(matrix: Diagonal, x: Tensor, w: Tensor, backend: str | None) -> bo
     hold the operator instead, whoever trains."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype != w.dtype or _watch.any_autocast():
         return False
-    trains = torch.is_grad_enabled() and (w.requires_grad or x.requires_grad)
-    return matrix.is_torchs(x, trains) and is_direct(x, w, backend)
+    return matrix.is_torchs(x) and is_direct(x, w, backend)
 
 
 def goes_to_onnx() -> bool:
@@ -68,7 +67,7 @@ def multiply(matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None = None, a
         return ACTIVATIONS[activation](multiply(matrix, x, w, bias))
     if transforms:
         return _MultiplyUnderTransforms.apply(matrix, x, w, bias, *matrix.index)
-    if isinstance(matrix, Diagonal) and matrix.is_torchs(x, is_trained(x, w, bias)):
+    if isinstance(matrix, Diagonal) and matrix.is_torchs(x):
         y = matrix.by_torch(x, w, bias)
         return ACTIVATIONS[activation](y) if activation else y
     if torch.is_grad_enabled() and not activation:
