@@ -157,8 +157,8 @@ constexpr int64_t kTaskRows = 256, kTaskRowsOfWideX = 128, kWideXBytes = 6144;
 constexpr int64_t kDeep = 512;
 
 // Lines that meet each slice of x, and the rows of a block, up to which a sampled product reads x where it lies and takes
-// the widest panels: block-diagonal ones, mostly. Others get x packed once, for all. 1.02 to 1.18 times as fast up to
-// blocks of 256, 1.25 to 1.5 times up to 64; in place, blocks of 512 and more are 0.74 to 1.05 times as fast, with AVX2
+// the widest panels: block-diagonal ones, mostly. Others get x packed once, for all. 1.2 to 1.3 times as fast at
+// blocks of 64, 1.0 to 1.1 at 256; in place, blocks of 512 and more are 0.74 to 1.05 times as fast, with AVX2
 // those of 256, too. Slices of so many batch rows stay in the second-level cache, 512 are 0.93 times as fast.
 constexpr int64_t kLinesInPlace = 1, kDeepInPlace = 256;
 #if defined(__AVX2__) && !defined(__AVX512F__)
