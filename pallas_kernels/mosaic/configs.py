@@ -18,6 +18,8 @@ PIECE = 64  # rows that a tensor core makes at least
 PROGRAMS = 132  # multiprocessors of an H100
 DRAWING = 59  # of them draw all that its level-2 cache gives, 6.65 TB/s, at 64 bytes a clock each
 OPERATIONS = 149  # of its tensor cores, 989 TFLOP/s, for each byte of that
+SHARED = OPERATIONS / 32  # bytes of all shared memories, 128 a clock each, for each byte of that: 4096 operations a clock
+ARRIVING = SHARED / 2  # bytes that can arrive in all of them meanwhile
 _ITEM = 2  # bytes of a number
 _line_by_line = contextvars.ContextVar("line_by_line", default=False)
 
@@ -46,11 +48,13 @@ class Union(NamedTuple):
     tile_m: int  # rows
     tile_n: int  # columns, which divide those of a block
     tile_k: int  # summed numbers of one product, which divide those of a block
-    columns: int  # tiles side by side, an even number of whole lines
+    columns: int  # tiles side by side, an even number
     stages: int  # of x
     w_stages: int  # of tiles of blocks, for each multiplying warpgroup
     band: int  # tiles (of a whole cluster) along the batch that share x in the cache
     cluster: int  # programs along the batch that share what they load of the blocks
+    lines: int  # of a program, as many as its columns have room for or fewer
+    sharing: int  # programs along the lines that share what they load of x: 1 or 2
 
     @property
     def shared_memory(self) -> int:
@@ -119,14 +123,11 @@ def for_sample(
 def candidates_for_gather(
     m: int, features: int, inner: int, width: int, lines: int, nnzb: int | None = None
 ) -> Iterator[Gather | Union]:
-    """What is worth trying, the heuristic's choice first: of both kernels, the one that is predicted to load less."""
+    """What is worth trying, the heuristic's choice first: of both kernels, the one that is predicted to be faster."""
+    sizes = m, features, inner, width, lines, nnzb
     alone = list(_line_by_line_candidates(m, features, inner, width, lines))
-    together = list(_union_candidates(m, features, inner, width, lines, nnzb))
-    if not together or _line_by_line.get():
-        yield from alone
-    elif loaded(together[0], m, features, inner, width, lines, nnzb) < loaded(
-        alone[0], m, features, inner, width, lines, nnzb
-    ):
+    together = [] if _line_by_line.get() else list(_union_candidates(*sizes))
+    if together and taken(together[0], *sizes) < taken(alone[0], *sizes):
         yield from (*together, *alone)
     else:
         yield from (*alone, *together)
@@ -135,16 +136,50 @@ def candidates_for_gather(
 def loaded(
     config: Gather | Union, m: int, features: int, inner: int, width: int, lines: int, nnzb: int | None
 ) -> float:
-    """Bytes that all programs together load into shared memory, the blocks lying at random."""
+    """Bytes that the level-2 cache gives to all programs together, the blocks lying at random."""
     nnzb = lines if nnzb is None else nnzb
     if isinstance(config, Gather):
         rows = 2 * config.tile_m
         tiles = -(-m // rows)
         return _ITEM * nnzb * tiles * inner * (rows * width // config.tile_n + width / config.cluster)
-    sources, together = features / inner, config.columns * config.tile_n // width
-    read = sources * (1 - (1 - nnzb / (lines * sources)) ** together)
-    tiles, groups = -(-m // config.tile_m), -(-lines // together)
+    sources, tiles = features / inner, -(-m // config.tile_m)
+    groups = -(-lines // (config.lines * config.sharing))
+    read = sources * (1 - (1 - nnzb / (lines * sources)) ** (lines / groups))
     return _ITEM * tiles * inner * (groups * read * config.tile_m + nnzb * width / config.cluster)
+
+
+def taken(
+    config: Gather | Union, m: int, features: int, inner: int, width: int, lines: int, nnzb: int | None
+) -> float:
+    """How long all programs take, the blocks lying at random, in bytes that the level-2 cache gives meanwhile.
+
+    The busiest counts: that cache; the shared memory of a program with the most items, into which its tiles are written
+    and out of which products read their operands; its tensor cores.
+    """
+    c, nnzb = config, lines if nnzb is None else nnzb
+    if isinstance(c, Gather):
+        items, cluster, rows, held, of_x = lines * width // c.tile_n, c.cluster, 2 * c.tile_m, c.tile_n / width, 1.0
+        of_x *= nnzb / lines
+    else:
+        items, cluster, rows = -(-lines // (c.lines * c.sharing)), c.cluster * c.sharing, c.tile_m
+        held = lines / (items * c.sharing)
+        of_x = features / inner * (1 - (1 - nnzb / (lines * features / inner)) ** held)
+    rounds = -(-(-(-m // (rows * c.cluster)) * items) // clusters(PROGRAMS, cluster))
+    columns = nnzb / lines * held * width  # of an item, times what it sums over
+    arrived = inner * (of_x * rows + columns)
+    read = inner * columns / c.tile_n * rows / PIECE * (PIECE + c.tile_n)
+    moved = _ITEM * max(arrived / ARRIVING, (arrived + read) / SHARED)
+    busiest = rounds * PROGRAMS * max(moved, 2 * inner * columns * rows / OPERATIONS)
+    return max(loaded(c, m, features, inner, width, lines, nnzb), busiest)
+
+
+def clusters(multiprocessors: int, size: int) -> int:
+    """How many clusters of so many programs surely run at once.
+
+    They lie within groups of up to 18 multiprocessors, of which each chip lacks others: on an H100 some have found room
+    for 15 clusters of 8, so 30 of 4. One more than there is room for would begin when all others have ended.
+    """
+    return max(1, (multiprocessors if size <= 2 else multiprocessors * 10 // 11) // size)
 
 
 def _line_by_line_candidates(m: int, features: int, inner: int, width: int, lines: int) -> Iterator[Gather]:
@@ -160,16 +195,30 @@ def _line_by_line_candidates(m: int, features: int, inner: int, width: int, line
 
 def _union_candidates(m: int, features: int, inner: int, width: int, lines: int, nnzb: int | None) -> Iterator[Union]:
     """128 x 384 sums, all that two warpgroups hold, or a third less; none where that is too little work for every
-    program. Narrower tiles spill registers."""
+    program. Narrower tiles spill registers. The best of each way to share comes first."""
     tile_n, tile_k = _divisor(width, 64), _divisor(inner, 64)
     if nnzb is None or tile_n < 32:
         return
+    found = {}
     for most in (384, 256):
         columns = most // width * (width // tile_n)
         items = -(-m // 256) * -(-lines * width // most)
         if columns and columns % 2 == 0 and items >= 66:
-            band = max(1, CACHED // (2 * 128 * features * _ITEM))
-            yield from _deepest(Union(128, tile_n, tile_k, columns, 8, 384 // tile_n, band, 2))
+            for cluster, sharing in ((2, 1), (1, 2), (2, 2)):
+                band = max(1, CACHED // (cluster * 128 * features * _ITEM))
+                fewest = -(-lines // (most // width * sharing))
+                for groups in range(fewest, fewest + 2):
+                    dealt = -(-lines // (groups * sharing)), sharing
+                    config = Union(128, tile_n, tile_k, columns, 8, 384 // tile_n, band, cluster, *dealt)
+                    found.setdefault((cluster, sharing), []).append(config)
+
+    def cost(config: Union) -> float:
+        """Of four programs that wait for each other something more is wanted than a draw."""
+        waiting = 1.05 if config.cluster * config.sharing > 2 else 1
+        return waiting * taken(config, m, features, inner, width, lines, nnzb)
+
+    for config in sorted((min(configs, key=cost) for configs in found.values()), key=cost):
+        yield next(_deepest(config))
 
 
 def candidates_for_sample(
