@@ -1,8 +1,8 @@
 """What an H100 allows at best in a cell of `gpu.py`, by bytes and operations: predictions, made before any measurement.
 
-Every product takes as long as the busiest of arithmetic, memory (each array moved once) and the second-level cache
-(all that the programs of a kernel load). Products of few columns wait for shared memory, and programs of the weight
-gradient for its last groups. Launches, and whatever a kernel does worse than its limit, come on top.
+Every product takes as long as the busiest of arithmetic, memory (each array moved once), the second-level cache (all
+that the programs of a kernel load) and shared memory (what arrives there, and what products read). Programs without
+work wait for the last ones. Launches, and whatever a kernel does worse than its limit, come on top.
 """
 
 from __future__ import annotations
@@ -79,14 +79,13 @@ def _loaded(cell: Cell, mode: str) -> float:
     nnzb = cell.density * grid[0] * grid[1]
     if mode == "dW":
         sizes = m, i, o, round(nnzb), *grid
-        return configs.sampled(configs.for_sample(*sizes), *sizes) * item / 2
+        c = configs.for_sample(*sizes)
+        return max(configs.sampled(c, *sizes), configs.sampled_through_shared_memory(c, *sizes)) * item / 2
     inner, width, lines, features = (
         (i, o, grid[1], cell.shape[0]) if mode == "forward" else (o, i, grid[0], cell.shape[1])
     )
     sizes = m, features, inner, width, lines, round(nnzb)
-    c = configs.for_gather(*sizes)
-    products = 2 * m * nnzb * inner * width * configs.waits(c.tile_n) / configs.OPERATIONS
-    return max(configs.loaded(c, *sizes), products) * item / 2
+    return configs.taken(configs.for_gather(*sizes), *sizes) * item / 2
 
 
 def _item(cell: Cell) -> int:

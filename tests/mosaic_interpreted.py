@@ -85,10 +85,15 @@ def clusters():
     products((192, 256), (64, 64), 300, jnp.bfloat16)
 
 
-def together(columns, tile, block, shape, m, cluster, dtype=jnp.bfloat16):
+def together(columns, tile, block, shape, m, cluster, dtype=jnp.bfloat16, lines=0, sharing=1):
     """Programs that hold several lines of y, of which the last group is not full."""
     WANTED.discard("dW")
-    configs.for_gather = lambda *_: configs.Union(64, *tile, columns, 2, 2, band=1, cluster=cluster)
+
+    def config(m, features, inner, width, *_):
+        held = lines or columns * tile[0] // width
+        return configs.Union(64, *tile, columns, 2, 2, band=1, cluster=cluster, lines=held, sharing=sharing)
+
+    configs.for_gather = config
     products(shape, block, m, dtype)
 
 
@@ -119,6 +124,13 @@ CASES = {
     "clusters": clusters,
     "lines together": lambda: together(4, (64, 64), (64, 64), (200, 360), 200, 2),
     "lines together, in parts": lambda: together(4, (32, 32), (64, 32), (192, 160), 72, 1, jnp.float16),
+    "lines together, x shared": lambda: together(4, (64, 64), (64, 64), (300, 460), 200, 1, sharing=2),
+    "lines together, x and blocks shared": lambda: together(
+        4, (32, 32), (32, 32), (290, 420), 200, 2, jnp.float16, lines=3, sharing=2
+    ),
+    "lines together, x shared, in parts": lambda: together(
+        8, (32, 32), (64, 64), (192, 320), 72, 1, lines=3, sharing=2
+    ),
     "pieces together": lambda: pieces(
         configs.Supertile(64, 32, 2, 4, 2, splits=3), (200, 300), (64, 64), 100, jnp.bfloat16
     ),

@@ -18,10 +18,12 @@ PIECE = 64  # rows that a tensor core makes at least
 PROGRAMS = 132  # multiprocessors of an H100
 DRAWING = 59  # of them draw all that its level-2 cache gives, 6.65 TB/s, at 64 bytes a clock each
 OPERATIONS = 149  # of its tensor cores, 989 TFLOP/s, for each byte of that
-SHARED = OPERATIONS / 32  # bytes of all shared memories, 128 a clock each, for each byte of that: 4096 operations a clock
+SHARED = (
+    OPERATIONS / 32
+)  # bytes of all shared memories, 128 a clock each, for each byte of that: 4096 operations a clock
 ARRIVING = SHARED / 2  # bytes that can arrive in all of them meanwhile
 _ITEM = 2  # bytes of a number
-_line_by_line = contextvars.ContextVar("line_by_line", default=False)
+_wanted = contextvars.ContextVar("wanted", default="any")  # kernels: any, or their measure, that without what was added
 
 
 class Gather(NamedTuple):
@@ -97,18 +99,27 @@ def for_gather(
 ) -> Gather | Union:
     """The configuration of y [m, lines * width], summed over nnzb blocks [inner, width] of x [m, features]; where
     nnzb is None, no two lines read the same source."""
-    measured = None if _line_by_line.get() else _measured(kind).get(key("gather", m, inner, width))
+    measured = _measured(kind).get(key("gather", m, inner, width)) if _wanted.get() == "any" else None
     return measured or next(candidates_for_gather(m, features, inner, width, lines, nnzb))
 
 
-@contextlib.contextmanager
-def line_by_line():
+def line_by_line() -> contextlib.AbstractContextManager[None]:
     """What is lowered inside has the kernels whose programs hold one line, or two blocks: the others' measure."""
-    token = _line_by_line.set(True)
+    return _only("line by line")
+
+
+def x_apart() -> contextlib.AbstractContextManager[None]:
+    """What is lowered inside has no programs that share x, whatever they hold: the measure of those that do."""
+    return _only("x apart")
+
+
+@contextlib.contextmanager
+def _only(wanted: str) -> Iterator[None]:
+    token = _wanted.set(wanted)
     try:
         yield
     finally:
-        _line_by_line.reset(token)
+        _wanted.reset(token)
 
 
 def for_sample(
@@ -116,7 +127,7 @@ def for_sample(
 ) -> Sample | Supertile:
     """The configuration of nnzb sampled blocks [i, o], in so many block rows and columns, summed over m; where
     `columns` is None, no two blocks share a row or a column."""
-    measured = None if _line_by_line.get() else _measured(kind).get(key("sample", m, i, o))
+    measured = None if _wanted.get() == "line by line" else _measured(kind).get(key("sample", m, i, o))
     return measured or next(candidates_for_sample(m, i, o, nnzb, rows, columns))
 
 
@@ -126,7 +137,7 @@ def candidates_for_gather(
     """What is worth trying, the heuristic's choice first: of both kernels, the one that is predicted to be faster."""
     sizes = m, features, inner, width, lines, nnzb
     alone = list(_line_by_line_candidates(m, features, inner, width, lines))
-    together = [] if _line_by_line.get() else list(_union_candidates(*sizes))
+    together = [] if _wanted.get() == "line by line" else list(_union_candidates(*sizes))
     if together and taken(together[0], *sizes) < taken(alone[0], *sizes):
         yield from (*together, *alone)
     else:
@@ -143,14 +154,13 @@ def loaded(
         tiles = -(-m // rows)
         return _ITEM * nnzb * tiles * inner * (rows * width // config.tile_n + width / config.cluster)
     sources, tiles = features / inner, -(-m // config.tile_m)
-    groups = -(-lines // (config.lines * config.sharing))
-    read = sources * (1 - (1 - nnzb / (lines * sources)) ** (lines / groups))
-    return _ITEM * tiles * inner * (groups * read * config.tile_m + nnzb * width / config.cluster)
+    groups, rest = divmod(lines, config.lines * config.sharing)
+    free = 1 - nnzb / (lines * sources)  # the chance that a line doesn't read a source
+    read = sources * (groups * (1 - free ** (config.lines * config.sharing)) + 1 - free**rest)
+    return _ITEM * tiles * inner * (read * config.tile_m + nnzb * width / config.cluster)
 
 
-def taken(
-    config: Gather | Union, m: int, features: int, inner: int, width: int, lines: int, nnzb: int | None
-) -> float:
+def taken(config: Gather | Union, m: int, features: int, inner: int, width: int, lines: int, nnzb: int | None) -> float:
     """How long all programs take, the blocks lying at random, in bytes that the level-2 cache gives meanwhile.
 
     The busiest counts: that cache; the shared memory of a program with the most items, into which its tiles are written
@@ -199,12 +209,12 @@ def _union_candidates(m: int, features: int, inner: int, width: int, lines: int,
     tile_n, tile_k = _divisor(width, 64), _divisor(inner, 64)
     if nnzb is None or tile_n < 32:
         return
-    found = {}
+    found, ways = {}, ((2, 1), (1, 2), (2, 2)) if _wanted.get() == "any" else ((2, 1),)
     for most in (384, 256):
         columns = most // width * (width // tile_n)
         items = -(-m // 256) * -(-lines * width // most)
         if columns and columns % 2 == 0 and items >= 66:
-            for cluster, sharing in ((2, 1), (1, 2), (2, 2)):
+            for cluster, sharing in ways:
                 band = max(1, CACHED // (cluster * 128 * features * _ITEM))
                 fewest = -(-lines // (most // width * sharing))
                 for groups in range(fewest, fewest + 2):
@@ -213,8 +223,8 @@ def _union_candidates(m: int, features: int, inner: int, width: int, lines: int,
                     found.setdefault((cluster, sharing), []).append(config)
 
     def cost(config: Union) -> float:
-        """Of four programs that wait for each other something more is wanted than a draw."""
-        waiting = 1.05 if config.cluster * config.sharing > 2 else 1
+        """Of programs that walk sources for others, or four that wait for each other, more is wanted than a draw."""
+        waiting = 1.05 if config.cluster * config.sharing > 2 else 1.02 if config.sharing > 1 else 1
         return waiting * taken(config, m, features, inner, width, lines, nnzb)
 
     for config in sorted((min(configs, key=cost) for configs in found.values()), key=cost):
@@ -227,7 +237,7 @@ def candidates_for_sample(
     """The same for the weight gradient."""
     sizes = m, i, o, nnzb, rows, columns or rows
     alone = list(_two_block_candidates(i, o, nnzb, rows))
-    together = [] if columns is None or _line_by_line.get() else list(_supertile_candidates(*sizes))
+    together = [] if columns is None or _wanted.get() == "line by line" else list(_supertile_candidates(*sizes))
     if together and sampled(together[0], *sizes) < sampled(alone[0], *sizes):
         yield from (*together, *alone)
     else:
@@ -275,6 +285,22 @@ def sampled(config: Sample | Supertile, m: int, i: int, o: int, nnzb: int, rows:
     loads, products = x_tiles * PIECE + dy_tiles * c.tile_o, c.pieces * PIECE * c.tile_o
     sums = (4 * c.splits + 2 * (4 * c.splits + _ITEM)) * nnzb * i * o if c.splits > 1 else 0
     return m / c.splits * _slowest(groups * c.splits, loads, products, c.tile_o) + sums
+
+
+def sampled_through_shared_memory(
+    config: Sample | Supertile, m: int, i: int, o: int, nnzb: int, rows: int, columns: int
+) -> float:
+    """How long the same takes by what is written into shared memory, zeros too, and read by products, alone."""
+    c = config
+    if isinstance(c, Sample):
+        items = (nnzb * (o // c.tile_o) + rows / 2) // 2 * max(1, i // c.tile_i)
+        arrived, read = c.tile_i + 2 * c.tile_o, 2 * c.tile_i / PIECE * (PIECE + c.tile_o)
+    else:
+        items = groups_of(c, i, o, nnzb, rows, columns)[0] * c.splits
+        arrived, read = c.rows * PIECE + c.pieces * c.tile_o, c.pieces * (PIECE + c.tile_o)
+        m = -(-m // c.splits)
+    moved = _ITEM * max(arrived / ARRIVING, (arrived + read) / SHARED)
+    return m * PROGRAMS * math.ceil(items / PROGRAMS) * moved
 
 
 def groups_of(c: Supertile, i: int, o: int, nnzb: int, rows: int, columns: int) -> tuple[float, float, float]:
