@@ -35,12 +35,14 @@ def _diagonal(cell: Cell) -> dict[str, float]:
 
 
 def _expanded(cell: Cell) -> dict[str, float]:
-    """Forward and dX write the dense weight and read it; dW is written dense, in float32, and read at the entries."""
-    size = cell.shape[0] * cell.shape[1]
-    nnz, item = cell.density * size, _item(cell)
-    extra = {"forward": item * size + (8 + item) * nnz, "dX": item * size + (8 + item) * nnz, "dW": 4 * size + 36 * nnz}
-    products = _products(cell)
-    ours = len(products) * _product(cell, size) + sum(extra[mode] for mode in products) / MEMORY + _update(cell, nnz)
+    """What XLA's compiler makes of it: the columns of the entries, by a scatter; the dense weight, which is written for
+    y and dx together; the dense gradient, of which sectors of 32 bytes that hold an entry are read."""
+    size, item = cell.shape[0] * cell.shape[1], _item(cell)
+    nnz = cell.density * size
+    columns, weight = 16 * nnz, item * size + (8 + item) * nnz
+    gradient = item * size * (2 - (1 - cell.density) ** (32 // item)) + (8 + item) * nnz
+    extra = columns + (weight if cell.mode != "dW" else 0) + (gradient if cell.mode in ("dW", "step") else 0)
+    ours = len(_products(cell)) * _product(cell, size) + extra / MEMORY + _update(cell, nnz)
     return {"ours": ours, "dense": _dense(cell)}
 
 

@@ -124,6 +124,22 @@ def collectives(gpus) -> list[str]:
     return re.findall(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", program)
 
 
+def expanded(gpu, size: int = 1024, m: int = 256) -> dict:
+    """Of XLA's own step with single entries: the dense arrays that it makes, and the bytes it needs beside its own."""
+    nnz = size**2 // 10
+    x, values = arrays(gpu, ((m, size), jnp.bfloat16), ((nnz,), jnp.bfloat16))
+    sizes = {"shape": (size, size), "block": (1, 1)}
+
+    def step(x, values, index):
+        y = _xla.spmm(x, values, index, **sizes)
+        return y, _xla.spmm_grads(x, y, values, index, **sizes)
+
+    program = jax.jit(step).lower(x, values, pattern(gpu, size, nnz)).compile()
+    dense = re.findall(rf"= (\w+)\[{size},{size}\]\S* fusion", program.as_text().split("ENTRY")[1])
+    memory = program.memory_analysis()
+    return {"dense": sorted(dense), "weights": memory.temp_size_in_bytes / (2 * size**2)}
+
+
 def loops(gpu, limit: int, block: int) -> dict:
     """The loops of XLA's own step where so many entries may be expanded, and how many have a length known to XLA."""
     _xla.DENSE_LIMIT = limit
@@ -151,5 +167,6 @@ if __name__ == "__main__":
     small = {f"weight gradient of {b}": sampled(gpu, b, 8192, jnp.bfloat16, 2048 // b, 40_960 // b) for b in (16, 32)}
     result |= {"pieces together": small}
     result |= {"x shared": x_shared(gpu)}
+    entries = expanded(gpu)
     xla = {f"{what}, {block}": loops(gpu, limit, block) for what, limit in FORMS.items() for block in (16, 1)}
-    print(json.dumps({"kernels": result, "collectives": collectives(mesh(8)), "XLA's loops": xla}))
+    print(json.dumps({"kernels": result, "collectives": collectives(mesh(8)), "entries": entries, "XLA's loops": xla}))

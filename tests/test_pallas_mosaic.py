@@ -337,6 +337,8 @@ def test_compiled_kernels_use_tensor_cores_and_tma_and_spill_nothing():
         assert result["kernels"][shared]["forward"]["multicast"]
     for product, said in result["kernels"]["x shared"].items():
         assert said["multicast"] == (1 if "along the lines" in product else 11), (product, said)
+    # Weight of zeros, weight, gradient: all three of half numbers.
+    assert result["entries"]["dense"] == ["bf16"] * 3 and result["entries"]["weights"] < 3.5, result["entries"]
     for way, loops in result["XLA's loops"].items():  # none whose end a GPU has to tell the host
         assert loops["all"] == loops["of known length"], (way, loops)
         assert (loops["all"] > 0) == ("walked" in way), (way, loops)
