@@ -66,7 +66,7 @@ def _of_other(name: str) -> Cost:
         return Cost(1, CHECK * SECONDS[words[0]] + ORACLE, COMPARE)
     if kind == "tune":
         entries = words[0] == "entries"
-        programs = 4 if entries else 6
+        programs = 4 if entries else 8
         return Cost(programs, programs * SECONDS["triton" if entries else "mosaic"], programs * ROUND)
     running = {"counters": COUNTERS, "sanitize": BESIDE / 3, "torch": BESIDE / 3}  # the three run side by side
     return Cost(2, 2 * SECONDS["other"], running.get(kind, 2 * ROUND))

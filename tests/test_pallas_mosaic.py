@@ -79,10 +79,10 @@ BUGS = {
         "lines together, in parts",
         "y",
     ),
-    "the blocks of another program": (
+    "the lines of another program": (
         "union.py",
-        "at * together + first + line",
-        "at * together + line",
+        "(group * together + first) * parts",
+        "group * together * parts",
         "lines together, x shared, in parts",
         "y",
     ),

@@ -99,7 +99,8 @@ def for_gather(
 ) -> Gather | Union:
     """The configuration of y [m, lines * width], summed over nnzb blocks [inner, width] of x [m, features]; where
     nnzb is None, no two lines read the same source."""
-    measured = _measured(kind).get(key("gather", m, inner, width)) if _wanted.get() == "any" else None
+    density = (nnzb or lines) * inner / (lines * features)
+    measured = _measured(kind).get(key("gather", m, density, inner, width)) if _wanted.get() == "any" else None
     return measured or next(candidates_for_gather(m, features, inner, width, lines, nnzb))
 
 
@@ -127,7 +128,8 @@ def for_sample(
 ) -> Sample | Supertile:
     """The configuration of nnzb sampled blocks [i, o], in so many block rows and columns, summed over m; where
     `columns` is None, no two blocks share a row or a column."""
-    measured = None if _wanted.get() == "line by line" else _measured(kind).get(key("sample", m, i, o))
+    name = key("sample", m, nnzb / (rows * (columns or rows)), i, o)
+    measured = None if _wanted.get() == "line by line" else _measured(kind).get(name)
     return measured or next(candidates_for_sample(m, i, o, nnzb, rows, columns))
 
 
@@ -335,9 +337,11 @@ def waits(tile_n: int) -> float:
     return max(1, (PIECE + tile_n) / (2 * tile_n))
 
 
-def key(kernel: str, m: int, *block: int) -> str:
-    """What a measurement is good for: a kernel, a block, and batches of up to the next power of two."""
-    return f"{kernel} {'x'.join(map(str, block))} batch {1 << max(m - 1, 0).bit_length()}"
+def key(kernel: str, m: int, density: float, *block: int) -> str:
+    """What a measurement is good for: a kernel, a block, densities up to 1.4 times more or less, and batches of up to
+    the next power of two."""
+    stored = f"1/{2 ** round(-math.log2(density))}" if density else "0"
+    return f"{kernel} {'x'.join(map(str, block))} density {stored} batch {1 << max(m - 1, 0).bit_length()}"
 
 
 def _deepest(config):
