@@ -37,6 +37,8 @@ CASES = [
     "lines together, x shared",
     "lines together, x and blocks shared",
     "lines together, x shared, in parts",
+    "lines together, x in registers",
+    "lines together, x shared and in registers",
     "pieces together",
     "pieces together, of several blocks",
 ]

@@ -57,6 +57,7 @@ class Union(NamedTuple):
     cluster: int  # programs along the batch that share what they load of the blocks
     lines: int  # of a program, as many as its columns have room for or fewer
     sharing: int  # programs along the lines that share what they load of x: 1 or 2
+    registers: int = 0  # 1 where a warpgroup reads a tile of x once for all its products, which takes registers
 
     @property
     def shared_memory(self) -> int:

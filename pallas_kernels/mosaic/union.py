@@ -149,18 +149,33 @@ def union(x, blocks, lines: Lines, bias, config: Union, device: Device, *, trans
                     x_done, w_done, mask = carry
                     ahead = mine_of(mask_ref[walked(group, s + 1)])
                     x_stage = of_x.wait_until_loaded(x_done)
-                    for j, acc in enumerate(accs):
-                        stored = jax.lax.rem(jax.lax.shift_right_logical(mask, (mine * own + j) // parts), 2)
+                    stored = [
+                        jax.lax.rem(jax.lax.shift_right_logical(mask, (mine * own + j) // parts), 2) for j in range(own)
+                    ]
 
-                        @pl.when(stored == 1)
-                        def _(acc=acc, done=w_done):
-                            stage = of_w(mine).wait_until_loaded(done)
-                            w = ws.at[stage]
-                            plgpu.wgmma(acc, xs.at[x_stage], w.transpose((1, 0)) if transposed else w)
-                            plgpu.wgmma_wait(0)
-                            of_w(mine).free(done)
+                    def products(x, done):
+                        for acc, there in zip(accs, stored, strict=True):
 
-                        w_done += stored
+                            @pl.when(there == 1)
+                            def _(acc=acc, done=done):
+                                stage = of_w(mine).wait_until_loaded(done)
+                                w = ws.at[stage]
+                                plgpu.wgmma(acc, x, w.transpose((1, 0)) if transposed else w)
+                                plgpu.wgmma_wait(0)
+                                of_w(mine).free(done)
+
+                            done += there
+
+                    def products_from_registers():
+                        x = plgpu.load(xs.at[x_stage], layout=plgpu.Layout.WGMMA)
+                        plgpu.commit_smem()  # that it was read comes before whatever TMA writes there
+                        products(x, w_done)
+
+                    if c.registers:
+                        pl.when(sum(stored) > 0)(products_from_registers)
+                    else:
+                        products(xs.at[x_stage], w_done)
+                    w_done += sum(stored)
                     of_x.free(x_done)
                     return x_done + 1, w_done, ahead
 
