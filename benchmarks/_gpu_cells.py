@@ -16,7 +16,7 @@ from jaxsparse import BlockPattern, block_diag_matmul, spmm
 from pallas_kernels.mosaic import configs
 
 LINE_BY_LINE = "ours (mosaic, line by line)"  # the kernel whose programs hold one line, whatever is chosen
-X_APART = "ours (mosaic, x apart)"  # that kernel whose programs hold several, without clusters of them that share x
+X_APART = "ours (mosaic, x apart)"  # programs that hold several lines, but neither share x nor hold it in registers
 MODES = ("forward", "dX", "dW", "step")
 
 
@@ -138,13 +138,13 @@ def contenders(cell: Cell, backends: list[str]) -> dict[str, Program]:
 
 
 def shares_x(cell: Cell) -> bool:
-    """Whether the Mosaic kernel of y or of dx has programs that share x."""
+    """Whether the Mosaic kernel of y or of dx has programs that share x, or hold it in registers."""
     (i, o), (rows, columns), nnzb = cell.block, cell.pattern.grid, cell.pattern.nnzb
     forward = cell.batch, cell.shape[0], i, o, columns, nnzb
     backward = cell.batch, cell.shape[1], o, i, rows, nnzb
     asked = {"forward": (forward,), "dX": (backward,), "dW": (), "step": (forward, backward)}[cell.mode]
     chosen = (configs.for_gather(*sizes) for sizes in asked)
-    return any(isinstance(config, configs.Union) and config.sharing > 1 for config in chosen)
+    return any(isinstance(config, configs.Union) and config.sharing + config.registers > 1 for config in chosen)
 
 
 def _chains(cell: Cell, backends: list[str]) -> dict[str, Program]:

@@ -100,15 +100,16 @@ def sampled(gpu, block: int, m: int, dtype, lines: int, nnzb: int) -> dict:
 
 
 def x_shared(gpu, block: int = 32, lines: int = 128, m: int = 8192) -> dict:
-    """The products of programs that share x in clusters of two and of four, chosen at two densities."""
+    """The products of programs that share x or hold it in registers, as they are chosen at three densities."""
     found, size = {}, lines * block
-    for cluster, nnzb in (("two along the lines", lines**2 // 4), ("four", lines**2 // 10)):
+    for way, part in (("two share x", 4), ("four share, registers", 10), ("two share blocks, registers", 2)):
+        nnzb = lines**2 // part
         x, blocks, bias = arrays(gpu, *((shape, jnp.bfloat16) for shape in ((m, size), (nnzb, block, block), (size,))))
         index, sizes = pattern(gpu, lines, nnzb), {"shape": (size, size), "block": (block, block)}
         gelu = functools.partial(mosaic.spmm, **sizes, activation="gelu")
-        found[f"forward of {cluster}"] = report(gelu, x, blocks, index, bias)
+        found[f"forward, {way}"] = report(gelu, x, blocks, index, bias)
         back = functools.partial(mosaic.spmm, **sizes, transposed=True)
-        found[f"input gradient of {cluster}"] = report(back, x, blocks, index)
+        found[f"input gradient, {way}"] = report(back, x, blocks, index)
     return found
 
 
@@ -166,7 +167,7 @@ if __name__ == "__main__":
     result |= {"lines together": products(gpu, 64, 8192, jnp.bfloat16, 64, 1024)}
     small = {f"weight gradient of {b}": sampled(gpu, b, 8192, jnp.bfloat16, 2048 // b, 40_960 // b) for b in (16, 32)}
     result |= {"pieces together": small}
-    result |= {"x shared": x_shared(gpu)}
+    result |= {"x shared, or in registers": x_shared(gpu)}
     entries = expanded(gpu)
     xla = {f"{what}, {block}": loops(gpu, limit, block) for what, limit in FORMS.items() for block in (16, 1)}
     print(json.dumps({"kernels": result, "collectives": collectives(mesh(8)), "entries": entries, "XLA's loops": xla}))

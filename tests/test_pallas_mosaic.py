@@ -229,16 +229,18 @@ def test_small_blocks_share_their_x_where_that_loads_less():
             with configs.line_by_line():
                 assert isinstance(chosen(8192, block, density), configs.Gather)
             sizes = 8192, 4096, block, block, 4096 // block, round(density * (4096 // block) ** 2)
-            most = config._replace(columns=384 // config.tile_n, lines=384 // block, cluster=2, sharing=1)
+            most = config._replace(columns=384 // config.tile_n, lines=384 // block, cluster=2, sharing=1, registers=0)
             reached = 2 * 8192 * density * 4096**2 / configs.loaded(most, *sizes) * 6.65e12 / 989e12
             assert reached > {0.1: 0.28, 0.25: 0.46, 0.5: 0.72}[density]  # of an H100's peak, by its cache
             reached = 2 * 8192 * density * 4096**2 / configs.taken(config, *sizes) * 6.65e12 / 989e12
-            at_least = {32: (0.34, 0.46, 0.50), 64: (0.48, 0.53, 0.62)}[block]  # as docs/gpu.md says
+            at_least = {32: (0.36, 0.45, 0.65), 64: (0.49, 0.53, 0.62)}[block]  # as docs/gpu.md says
             assert reached > at_least[(0.1, 0.25, 0.5).index(density)]
             with configs.x_apart():
                 apart = chosen(8192, block, density)
-            assert apart.sharing == 1 and configs.taken(apart, *sizes) >= configs.taken(config, *sizes)
+            assert (apart.sharing, apart.registers) == (1, 0)
+            assert configs.taken(apart, *sizes) >= configs.taken(config, *sizes)
             assert (config.sharing > 1) == ((block, density) in {(32, 0.1), (32, 0.25), (64, 0.1)})
+            assert (config.registers > 0) == ((block, density) in {(32, 0.1), (32, 0.5)})
     assert isinstance(chosen(8192, 128, 0.1), configs.Gather)
     assert isinstance(chosen(512, 64, 0.25), configs.Gather)  # too little work for every program
     assert isinstance(chosen(8192, 64, 0.25, share=False), configs.Gather)
@@ -337,8 +339,9 @@ def test_compiled_kernels_use_tensor_cores_and_tma_and_spill_nothing():
             assert said["tensor cores"] and said["TMA"] >= 3, (size, product, said)
     for shared in ("blocks of 128, batch 8192", "lines together"):
         assert result["kernels"][shared]["forward"]["multicast"]
-    for product, said in result["kernels"]["x shared"].items():
-        assert said["multicast"] == (1 if "along the lines" in product else 11), (product, said)
+    multicast = {"two share x": 1, "four share": 11, "two share blocks": 10}  # x, and each column of blocks
+    for product, said in result["kernels"]["x shared, or in registers"].items():
+        assert said["multicast"] == multicast[product.split(", ")[1]], (product, said)
     # Weight of zeros, weight, gradient: all three of half numbers.
     assert result["entries"]["dense"] == ["bf16"] * 3 and result["entries"]["weights"] < 3.5, result["entries"]
     for way, loops in result["XLA's loops"].items():  # none whose end a GPU has to tell the host

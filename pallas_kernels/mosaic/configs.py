@@ -111,7 +111,7 @@ def line_by_line() -> contextlib.AbstractContextManager[None]:
 
 
 def x_apart() -> contextlib.AbstractContextManager[None]:
-    """What is lowered inside has no programs that share x, whatever they hold: the measure of those that do."""
+    """What is lowered inside has no programs that share x or hold it in registers: the measure of those that do."""
     return _only("x apart")
 
 
@@ -141,7 +141,7 @@ def candidates_for_gather(
     sizes = m, features, inner, width, lines, nnzb
     alone = list(_line_by_line_candidates(m, features, inner, width, lines))
     together = [] if _wanted.get() == "line by line" else list(_union_candidates(*sizes))
-    if together and taken(together[0], *sizes) < taken(alone[0], *sizes):
+    if together and _cost(together[0], sizes) < _cost(alone[0], sizes):
         yield from (*together, *alone)
     else:
         yield from (*alone, *together)
@@ -175,15 +175,27 @@ def taken(config: Gather | Union, m: int, features: int, inner: int, width: int,
         of_x *= nnzb / lines
     else:
         items, cluster, rows = -(-lines // (c.lines * c.sharing)), c.cluster * c.sharing, c.tile_m
-        held = lines / (items * c.sharing)
-        of_x = features / inner * (1 - (1 - nnzb / (lines * features / inner)) ** held)
+        held, sources = lines / (items * c.sharing), features / inner
+        free = 1 - nnzb / (lines * sources)
+        of_x = sources * (1 - free**held)
     rounds = -(-(-(-m // (rows * c.cluster)) * items) // clusters(PROGRAMS, cluster))
     columns = nnzb / lines * held * width  # of an item, times what it sums over
     arrived = inner * (of_x * rows + columns)
     read = inner * columns / c.tile_n * rows / PIECE * (PIECE + c.tile_n)
+    if isinstance(c, Union) and c.registers:  # each of two warpgroups reads x once for its half of the lines
+        read = inner * (2 * sources * (1 - free ** (held / 2)) * rows + rows / PIECE * columns)
     moved = _ITEM * max(arrived / ARRIVING, (arrived + read) / SHARED)
     busiest = rounds * PROGRAMS * max(moved, 2 * inner * columns * rows / OPERATIONS)
     return max(loaded(c, m, features, inner, width, lines, nnzb), busiest)
+
+
+def _cost(config: Gather | Union, sizes: tuple[int, int, int, int, int, int | None]) -> float:
+    """The same, and something for what no prediction counts: programs that wait for each other, four or along the
+    lines, and warpgroups that say at every step that x was read."""
+    c, more = config, 0.0
+    if isinstance(c, Union):
+        more = (0.05 if c.cluster * c.sharing > 2 else 0.02 if c.sharing > 1 else 0) + 0.02 * c.registers
+    return (1 + more) * taken(c, *sizes)
 
 
 def clusters(multiprocessors: int, size: int) -> int:
@@ -207,29 +219,28 @@ def _line_by_line_candidates(m: int, features: int, inner: int, width: int, line
 
 
 def _union_candidates(m: int, features: int, inner: int, width: int, lines: int, nnzb: int | None) -> Iterator[Union]:
-    """128 x 384 sums, all that two warpgroups hold, or a third less; none where that is too little work for every
-    program. Narrower tiles spill registers. The best of each way to share comes first."""
+    """128 x 384 sums, all that two warpgroups hold, or fewer, as where x is in registers too; none where that is too
+    little work for every program. Narrower tiles spill registers. The best of each way to share and to hold x."""
     tile_n, tile_k = _divisor(width, 64), _divisor(inner, 64)
     if nnzb is None or tile_n < 32:
         return
-    found, ways = {}, ((2, 1), (1, 2), (2, 2)) if _wanted.get() == "any" else ((2, 1),)
-    for most in (384, 256):
+    found, ways = {}, ((2, 1, 0),)
+    if _wanted.get() == "any":
+        ways = (*ways, (1, 2, 0), (2, 2, 0), (2, 1, 1), (1, 2, 1), (2, 2, 1))
+    for most in (384, 320, 256):
         columns = most // width * (width // tile_n)
         items = -(-m // 256) * -(-lines * width // most)
         if columns and columns % 2 == 0 and items >= 66:
-            for cluster, sharing in ways:
+            for cluster, sharing, registers in ways if most < 384 else [way for way in ways if not way[2]]:
                 band = max(1, CACHED // (cluster * 128 * features * _ITEM))
                 fewest = -(-lines // (most // width * sharing))
                 for groups in range(fewest, fewest + 2):
-                    dealt = -(-lines // (groups * sharing)), sharing
+                    dealt = -(-lines // (groups * sharing)), sharing, registers
                     config = Union(128, tile_n, tile_k, columns, 8, 384 // tile_n, band, cluster, *dealt)
-                    found.setdefault((cluster, sharing), []).append(config)
+                    found.setdefault((cluster, sharing, registers), []).append(config)
 
-    def cost(config: Union) -> float:
-        """Of programs that walk sources for others, or four that wait for each other, more is wanted than a draw."""
-        waiting = 1.05 if config.cluster * config.sharing > 2 else 1.02 if config.sharing > 1 else 1
-        return waiting * taken(config, m, features, inner, width, lines, nnzb)
-
+    sizes = m, features, inner, width, lines, nnzb
+    cost = functools.partial(_cost, sizes=sizes)
     for config in sorted((min(configs, key=cost) for configs in found.values()), key=cost):
         yield next(_deepest(config))
 
