@@ -169,14 +169,14 @@ def taken(config: Gather | Union, m: int, features: int, inner: int, width: int,
     The busiest counts: that cache; the shared memory of a program with the most items, into which its tiles are written
     and out of which products read their operands; its tensor cores.
     """
-    c, nnzb = config, lines if nnzb is None else nnzb
+    c, nnzb, sources = config, lines if nnzb is None else nnzb, features / inner
+    free = 1 - nnzb / (lines * sources)  # the chance that a line doesn't read a source
     if isinstance(c, Gather):
-        items, cluster, rows, held, of_x = lines * width // c.tile_n, c.cluster, 2 * c.tile_m, c.tile_n / width, 1.0
-        of_x *= nnzb / lines
+        items, cluster, rows, held = lines * width // c.tile_n, c.cluster, 2 * c.tile_m, c.tile_n / width
+        of_x = nnzb / lines
     else:
         items, cluster, rows = -(-lines // (c.lines * c.sharing)), c.cluster * c.sharing, c.tile_m
-        held, sources = lines / (items * c.sharing), features / inner
-        free = 1 - nnzb / (lines * sources)
+        held = lines / (items * c.sharing)
         of_x = sources * (1 - free**held)
     rounds = -(-(-(-m // (rows * c.cluster)) * items) // clusters(PROGRAMS, cluster))
     columns = nnzb / lines * held * width  # of an item, times what it sums over
@@ -224,14 +224,16 @@ def _union_candidates(m: int, features: int, inner: int, width: int, lines: int,
     tile_n, tile_k = _divisor(width, 64), _divisor(inner, 64)
     if nnzb is None or tile_n < 32:
         return
-    found, ways = {}, ((2, 1, 0),)
+    found: dict[tuple[int, int, int], list[Union]] = {}
+    ways = ((2, 1, 0),)
     if _wanted.get() == "any":
         ways = (*ways, (1, 2, 0), (2, 2, 0), (2, 1, 1), (1, 2, 1), (2, 2, 1))
     for most in (384, 320, 256):
         columns = most // width * (width // tile_n)
         items = -(-m // 256) * -(-lines * width // most)
         if columns and columns % 2 == 0 and items >= 66:
-            for cluster, sharing, registers in ways if most < 384 else [way for way in ways if not way[2]]:
+            in_registers = most < 384 and tile_k >= tile_n  # as there is room, and whole layouts of shared memory
+            for cluster, sharing, registers in ways if in_registers else [way for way in ways if not way[2]]:
                 band = max(1, CACHED // (cluster * 128 * features * _ITEM))
                 fewest = -(-lines // (most // width * sharing))
                 for groups in range(fewest, fewest + 2):
@@ -240,8 +242,8 @@ def _union_candidates(m: int, features: int, inner: int, width: int, lines: int,
                     found.setdefault((cluster, sharing, registers), []).append(config)
 
     sizes = m, features, inner, width, lines, nnzb
-    cost = functools.partial(_cost, sizes=sizes)
-    for config in sorted((min(configs, key=cost) for configs in found.values()), key=cost):
+    best: list[Union] = [min(configs, key=lambda config: _cost(config, sizes)) for configs in found.values()]
+    for config in sorted(best, key=lambda config: _cost(config, sizes)):
         yield next(_deepest(config))
 
 

@@ -167,7 +167,7 @@ def union(x, blocks, lines: Lines, bias, config: Union, device: Device, *, trans
                             done += there
 
                     def products_from_registers():
-                        x = plgpu.load(xs.at[x_stage], layout=plgpu.Layout.WGMMA)
+                        x = plgpu.load(xs.at[x_stage], layout=plgpu.Layout.WGMMA)  # pyright: ignore[reportCallIssue]  as in 0.10
                         plgpu.commit_smem()  # that it was read comes before whatever TMA writes there
                         products(x, w_done)
 
