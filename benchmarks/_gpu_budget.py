@@ -50,7 +50,9 @@ def of_call(steps: Iterable[Step]) -> Cost:
 def _of_cell(cell: _gpu_cells.Cell) -> Cost:
     ours = backends_here(False, cell.dtype, cell.block)
     others = {"blocks": 3, "block-diagonal": 4, "unstructured": 3}[cell.family]  # as in `_gpu_cells.contenders`
-    twice = ["triton"] * (cell.layers > 1) + ["mosaic"] * (cell.family == "blocks" and "mosaic" in ours)
+    twice = ["triton"] * (cell.layers > 1)
+    if cell.family == "blocks" and "mosaic" in ours:
+        twice += ["mosaic"] * (2 if _gpu_cells.shares_x(cell) else 1)
     seconds = sum(SECONDS[name] for name in ours + twice) + SECONDS["other"] * others
     torch = {"blocks": 1, "block-diagonal": 3, "unstructured": 0}[cell.family]
     slowest = 1e-3 * max(_gpu_limits.predicted_ms(cell).values()) * cell.layers
@@ -64,7 +66,7 @@ def _of_other(name: str) -> Cost:
         return Cost(1, CHECK * SECONDS[words[0]] + ORACLE, COMPARE)
     if kind == "tune":
         entries = words[0] == "entries"
-        programs = 4 if entries else 6
+        programs = 4 if entries else 8
         return Cost(programs, programs * SECONDS["triton" if entries else "mosaic"], programs * ROUND)
     running = {"counters": COUNTERS, "sanitize": BESIDE / 3, "torch": BESIDE / 3}  # the three run side by side
     return Cost(2, 2 * SECONDS["other"], running.get(kind, 2 * ROUND))

@@ -16,6 +16,7 @@ from jaxsparse import BlockPattern, block_diag_matmul, spmm
 from pallas_kernels.mosaic import configs
 
 LINE_BY_LINE = "ours (mosaic, line by line)"  # the kernel whose programs hold one line, whatever is chosen
+X_APART = "ours (mosaic, x apart)"  # programs that hold several lines, but neither share x nor hold it in registers
 MODES = ("forward", "dX", "dW", "step")
 
 
@@ -130,8 +131,20 @@ def contenders(cell: Cell, backends: list[str]) -> dict[str, Program]:
     if "mosaic" in backends:
         product = functools.partial(spmm, pattern=cell.pattern, backend="mosaic")
         found[LINE_BY_LINE] = _run(product, cell.mode, x, blocks, dy, within=configs.line_by_line)
+        if shares_x(cell):
+            found[X_APART] = _run(product, cell.mode, x, blocks, dy, within=configs.x_apart)
     weight = jnp.asarray(rng.standard_normal(cell.shape, np.float32), dtype)
     return found | {"dense": _run(jnp.matmul, cell.mode, x, weight, dy)}
+
+
+def shares_x(cell: Cell) -> bool:
+    """Whether the Mosaic kernel of y or of dx has programs that share x, or hold it in registers."""
+    (i, o), (rows, columns), nnzb = cell.block, cell.pattern.grid, cell.pattern.nnzb
+    forward = cell.batch, cell.shape[0], i, o, columns, nnzb
+    backward = cell.batch, cell.shape[1], o, i, rows, nnzb
+    asked = {"forward": (forward,), "dX": (backward,), "dW": (), "step": (forward, backward)}[cell.mode]
+    chosen = (configs.for_gather(*sizes) for sizes in asked)
+    return any(isinstance(config, configs.Union) and config.sharing + config.registers > 1 for config in chosen)
 
 
 def _chains(cell: Cell, backends: list[str]) -> dict[str, Program]:

@@ -19,6 +19,7 @@ from benchmarks import _gpu_torch
 from benchmarks._gpu_run import Program, Result, Step, beside, median_ms
 from jaxsparse import BlockPattern, _backends, block_diag_matmul, spmm, testing
 
+DENSITIES = {"together": 0.4, "sharing x": 0.1}  # where Mosaic's programs hold several lines, and where they share x
 BESIDE = 90  # seconds that a command beside the steps may take
 _planned = contextvars.ContextVar("planned", default=False)
 
@@ -69,9 +70,10 @@ def checks(dry_run: bool) -> Iterator[Step]:
     blocks = (1, 16) if dry_run else (1, 16, 32, 64, 128)
     dtypes = ("float32",) if dry_run else ("bfloat16", "float16", "float32")
     if "mosaic" in backends_here(dry_run, "bfloat16", (64, 64)):
-        for block, dtype in ((32, "float16"), (64, "bfloat16")):
-            name = f"check mosaic block {block} together {dtype} batch 1000"
-            yield Step(name, functools.partial(check, "mosaic", block, dtype, 1000, "together"))
+        for kind in DENSITIES:
+            for block, dtype in ((32, "float16"), (64, "bfloat16")):
+                name = f"check mosaic block {block} {kind} {dtype} batch 1000"
+                yield Step(name, functools.partial(check, "mosaic", block, dtype, 1000, kind))
     for block in blocks:
         for dtype in dtypes:
             for backend in backends_here(dry_run, dtype, (block, block)):
@@ -112,10 +114,10 @@ def check(backend: str, block: int, dtype: str, m: int, kind: str = "random") ->
 
 
 def _pattern(block: int, m: int, kind: str) -> BlockPattern:
-    """Blocks at random, which reach beyond the matrix, or, together, as many as the Mosaic kernels that share what they
-    load are taken for; or single entries, whose indices have the dtype `kind`."""
-    if kind == "together":
-        return BlockPattern.random(jax.random.key(m), (1024 - 3, 6144 - 5), density=0.4, block=block)
+    """Blocks at random, which reach beyond the matrix, in one of `DENSITIES` as many as those Mosaic kernels are taken
+    for; or single entries, whose indices have the dtype `kind`."""
+    if kind in DENSITIES:
+        return BlockPattern.random(jax.random.key(m), (1024 - 3, 6144 - 5), density=DENSITIES[kind], block=block)
     if block > 1:
         return BlockPattern.random(jax.random.key(m), (5 * block - 3, 7 * block - 5), density=0.4, block=block)
     entries = next(case.pattern for case in testing.CASES if case.name == "empty rows and columns, unstructured")

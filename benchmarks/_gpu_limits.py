@@ -1,8 +1,8 @@
 """What an H100 allows at best in a cell of `gpu.py`, by bytes and operations: predictions, made before any measurement.
 
-Every product takes as long as the busiest of arithmetic, memory (each array moved once) and the second-level cache
-(all that the programs of a kernel load). Products of few columns wait for shared memory, and programs of the weight
-gradient for its last groups. Launches, and whatever a kernel does worse than its limit, come on top.
+Every product takes as long as the busiest of arithmetic, memory (each array moved once), the second-level cache (all
+that the programs of a kernel load) and shared memory (what arrives there, and what products read). Programs without
+work wait for the last ones. Launches, and whatever a kernel does worse than its limit, come on top.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ def _diagonal(cell: Cell) -> dict[str, float]:
 
 
 def _expanded(cell: Cell) -> dict[str, float]:
-    """Forward and dX write the dense weight and read it; dW is written dense, in float32, and read at the entries."""
-    size = cell.shape[0] * cell.shape[1]
-    nnz, item = cell.density * size, _item(cell)
-    extra = {"forward": item * size + (8 + item) * nnz, "dX": item * size + (8 + item) * nnz, "dW": 4 * size + 36 * nnz}
-    products = _products(cell)
-    ours = len(products) * _product(cell, size) + sum(extra[mode] for mode in products) / MEMORY + _update(cell, nnz)
+    """What XLA's compiler makes of it: the columns of the entries, by a scatter; the dense weight, which is written for
+    y and dx together; the dense gradient, of which sectors of 32 bytes that hold an entry are read."""
+    size, item = cell.shape[0] * cell.shape[1], _item(cell)
+    nnz = cell.density * size
+    columns, weight = 16 * nnz, item * size + (8 + item) * nnz
+    gradient = item * size * (2 - (1 - cell.density) ** (32 // item)) + (8 + item) * nnz
+    extra = columns + (weight if cell.mode != "dW" else 0) + (gradient if cell.mode in ("dW", "step") else 0)
+    ours = len(_products(cell)) * _product(cell, size) + extra / MEMORY + _update(cell, nnz)
     return {"ours": ours, "dense": _dense(cell)}
 
 
@@ -79,14 +81,13 @@ def _loaded(cell: Cell, mode: str) -> float:
     nnzb = cell.density * grid[0] * grid[1]
     if mode == "dW":
         sizes = m, i, o, round(nnzb), *grid
-        return configs.sampled(configs.for_sample(*sizes), *sizes) * item / 2
+        c = configs.for_sample(*sizes)
+        return max(configs.sampled(c, *sizes), configs.sampled_through_shared_memory(c, *sizes)) * item / 2
     inner, width, lines, features = (
         (i, o, grid[1], cell.shape[0]) if mode == "forward" else (o, i, grid[0], cell.shape[1])
     )
     sizes = m, features, inner, width, lines, round(nnzb)
-    c = configs.for_gather(*sizes)
-    products = 2 * m * nnzb * inner * width * configs.waits(c.tile_n) / configs.OPERATIONS
-    return max(configs.loaded(c, *sizes), products) * item / 2
+    return configs.taken(configs.for_gather(*sizes), *sizes) * item / 2
 
 
 def _item(cell: Cell) -> int:

@@ -69,16 +69,17 @@ def tunings(dry_run: bool) -> Iterator[Step]:
     if not dry_run and "mosaic" not in backends_here(dry_run, "bfloat16", (64, 64)):
         return
     blocks, batches, size = ((64,), (64,), 256) if dry_run else ((128, 64, 32, 16), (128, 1024, 8192), 4096)
-    for block in blocks:
-        for m in batches:
-            for kernel in ("gather", "sample"):
-                build = functools.partial(_tune, kernel, block, m, size, dry_run)
-                yield Step(f"tune {configs.key(kernel, m, block, block)}", build)
+    cells = [(kernel, block, m, 0.25) for block in blocks for m in batches for kernel in ("gather", "sample")]
+    if not dry_run:  # where the ways to share what is loaded differ by density
+        cells += [("gather", block, 8192, density) for block in (64, 32) for density in (0.1, 0.5)]
+    for kernel, block, m, density in cells:
+        build = functools.partial(_tune, kernel, block, m, density, size, dry_run)
+        yield Step(f"tune {configs.key(kernel, m, density, block, block)}", build)
 
 
-def _tune(kernel: str, block: int, m: int, size: int, dry_run: bool) -> Callable[[], Result]:
-    """What is built times every candidate at density 0.25 and keeps the best in the table of this kind of GPU."""
-    pattern = BlockPattern.random(jax.random.key(0), (size, size), density=0.25, block=block)
+def _tune(kernel: str, block: int, m: int, density: float, size: int, dry_run: bool) -> Callable[[], Result]:
+    """What is built times every candidate and keeps the best in the table of this kind of GPU."""
+    pattern = BlockPattern.random(jax.random.key(0), (size, size), density=density, block=block)
     x, blocks = testing.normal(0, (m, size), jnp.bfloat16), testing.normal(1, pattern.values_shape, jnp.bfloat16)
     lines, device, programs = size // block, describe(), {}
     if kernel == "gather":
@@ -104,7 +105,7 @@ def _tune(kernel: str, block: int, m: int, size: int, dry_run: bool) -> Callable
         times = median_ms(programs)
         best = min(times, key=times.__getitem__)
         table = json.loads(configs.MEASURED.read_text()) if configs.MEASURED.exists() else {}
-        table.setdefault(device.kind, {})[configs.key(kernel, m, block, block)] = json.loads(best)
+        table.setdefault(device.kind, {})[configs.key(kernel, m, density, block, block)] = json.loads(best)
         configs.MEASURED.write_text(json.dumps(table, indent=1) + "\n")
         return {"ms": times, "notes": notes, "best": best}
 

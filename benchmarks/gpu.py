@@ -12,8 +12,8 @@ The second
   time      times a wider grid;
   counters  has the profiler, ncu, count what limits the two kernels that are slowest beside what was predicted.
 A third, of no set length, times the rest of the grid. Expected on an H100 with 16 cores:
-  call 1  328 s: 464 programs, 73 s to compile them on all cores; 224 s to run;
-  call 2  224 s: 434 programs, 31 s to compile them on all cores; 163 s to run.
+  call 1  332 s: 474 programs, 75 s to compile them on all cores; 226 s to run;
+  call 2  248 s: 518 programs, 38 s to compile them on all cores; 180 s to run.
 Compiling was measured with XLA's compiler for GPUs and no GPU (_gpu_costs.py), so without XLA's own tuning of products,
 which needs one; running goes by the predicted limits and by allowances (_gpu_budget.py). Neither was timed on a GPU.
 No step begins after --minutes.

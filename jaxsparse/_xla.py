@@ -32,6 +32,13 @@ CHUNKS_BELOW = 0.03  # density under which a CPU samples a product entry by entr
 DENSE_LIMIT = 2**26  # entries of an unstructured matrix that may be expanded for one product
 
 OPS = ("spmm", "sddmm", "spmm_grads", "block_diag_matmul", "block_diag_outer", "n_m_spmm", "n_m_sddmm")
+# What XLA may take for granted about places of stored entries, column by column.
+_AS_STORED = {
+    "unique_indices": True,
+    "indices_are_sorted": True,
+    "mode": "promise_in_bounds",
+    "wrap_negative_indices": False,
+}
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
 
@@ -113,11 +120,19 @@ def sddmm(
     def chunks(x, dy):
         return _sampled_chunks(x, dy, index, shape, block, precision)
 
-    def expand(x, dy):
-        dense = _dot(x, dy, ((0, 0),), precision)
+    def stored(dense):
         if not is_unstructured(block):
             dense = _in_blocks(dense, shape, block)
-        return dense[index.row_index, stored_columns(index)].astype(x.dtype)
+        at = dense.at[index.row_index, stored_columns(index)]
+        return at.get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+    def expand(x, dy):
+        # A GPU rounds as it writes the product, which is then half as large; a CPU rounds only what is kept.
+        return jax.lax.platform_dependent(
+            _dot(x, dy, ((0, 0),), precision),
+            cpu=lambda total: stored(total).astype(x.dtype),
+            default=lambda total: stored(total.astype(x.dtype)),
+        )
 
     if not is_unstructured(block):
         return _by_device(shape, chunks, expand)(x, dy)
@@ -183,7 +198,7 @@ def _blocks(x, blocks, index, shape, block, transposed, precision):
         rows, cols = grid_of(shape, block)
         w = jnp.zeros((cols, rows, *block), blocks.dtype)
         at = w.at[stored_columns(index), index.row_index]
-        w = at.set(blocks, unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds")
+        w = at.set(blocks, **_AS_STORED)
         w = w.transpose(1, 2, 0, 3).reshape(rows * block[0], cols * block[1])[: shape[0], : shape[1]]
         return _dot(x, w, ((1, 1 if transposed else 0),), precision)
 
@@ -253,7 +268,7 @@ def _unstructured(x, values, index, shape, transposed, precision):
         # Stored by output column, so writing the transpose is a sorted scatter: four times faster on a CPU.
         wt = jnp.zeros(shape[::-1], values.dtype)
         at = wt.at[stored_columns(index), index.row_index]
-        wt = at.set(values, unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds")
+        wt = at.set(values, **_AS_STORED)
         return _dot(x, wt, ((1, 0 if transposed else 1),), precision)
 
     return _by_density(values.shape[0], shape, SLOTS_BELOW, slots, expand)(x, values)

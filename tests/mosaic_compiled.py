@@ -99,6 +99,20 @@ def sampled(gpu, block: int, m: int, dtype, lines: int, nnzb: int) -> dict:
     return report(one, x, x, pattern(gpu, lines, nnzb))
 
 
+def x_shared(gpu, block: int = 32, lines: int = 128, m: int = 8192) -> dict:
+    """The products of programs that share x or hold it in registers, as they are chosen at three densities."""
+    found, size = {}, lines * block
+    for way, part in (("two share x", 4), ("four share, registers", 10), ("two share blocks, registers", 2)):
+        nnzb = lines**2 // part
+        x, blocks, bias = arrays(gpu, *((shape, jnp.bfloat16) for shape in ((m, size), (nnzb, block, block), (size,))))
+        index, sizes = pattern(gpu, lines, nnzb), {"shape": (size, size), "block": (block, block)}
+        gelu = functools.partial(mosaic.spmm, **sizes, activation="gelu")
+        found[f"forward, {way}"] = report(gelu, x, blocks, index, bias)
+        back = functools.partial(mosaic.spmm, **sizes, transposed=True)
+        found[f"input gradient, {way}"] = report(back, x, blocks, index)
+    return found
+
+
 def collectives(gpus) -> list[str]:
     """Those of a product that runs on 8 GPUs inside shard_map, the batch cut among them."""
     (x,) = arrays(gpus, ((8192, 2048), jnp.bfloat16), spec=PartitionSpec("batch"))
@@ -109,6 +123,22 @@ def collectives(gpus) -> list[str]:
     program, _ = compiled(f, x, blocks, pattern(gpus, 16, 64))
     assert "jaxsparse_gather" in program or "mosaic_gpu" in program, program
     return re.findall(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", program)
+
+
+def expanded(gpu, size: int = 1024, m: int = 256) -> dict:
+    """Of XLA's own step with single entries: the dense arrays that it makes, and the bytes it needs beside its own."""
+    nnz = size**2 // 10
+    x, values = arrays(gpu, ((m, size), jnp.bfloat16), ((nnz,), jnp.bfloat16))
+    sizes = {"shape": (size, size), "block": (1, 1)}
+
+    def step(x, values, index):
+        y = _xla.spmm(x, values, index, **sizes)
+        return y, _xla.spmm_grads(x, y, values, index, **sizes)
+
+    program = jax.jit(step).lower(x, values, pattern(gpu, size, nnz)).compile()
+    dense = re.findall(rf"= (\w+)\[{size},{size}\]\S* fusion", program.as_text().split("ENTRY")[1])
+    memory = program.memory_analysis()
+    return {"dense": sorted(dense), "weights": memory.temp_size_in_bytes / (2 * size**2)}
 
 
 def loops(gpu, limit: int, block: int) -> dict:
@@ -137,5 +167,7 @@ if __name__ == "__main__":
     result |= {"lines together": products(gpu, 64, 8192, jnp.bfloat16, 64, 1024)}
     small = {f"weight gradient of {b}": sampled(gpu, b, 8192, jnp.bfloat16, 2048 // b, 40_960 // b) for b in (16, 32)}
     result |= {"pieces together": small}
+    result |= {"x shared, or in registers": x_shared(gpu)}
+    entries = expanded(gpu)
     xla = {f"{what}, {block}": loops(gpu, limit, block) for what, limit in FORMS.items() for block in (16, 1)}
-    print(json.dumps({"kernels": result, "collectives": collectives(mesh(8)), "XLA's loops": xla}))
+    print(json.dumps({"kernels": result, "collectives": collectives(mesh(8)), "entries": entries, "XLA's loops": xla}))

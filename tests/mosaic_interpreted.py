@@ -14,6 +14,7 @@ os.environ["NPROC"] = "16"  # threads of XLA: each of a kernel's warpgroups may 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as callbacks
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -85,10 +86,43 @@ def clusters():
     products((192, 256), (64, 64), 300, jnp.bfloat16)
 
 
-def together(columns, tile, block, shape, m, cluster, dtype=jnp.bfloat16):
+def from_registers():
+    """Teaches the interpreter products whose first operand is in registers: it takes it for a key to memory."""
+    of_references = callbacks.wgmma
+
+    @callbacks.fail_on_exception
+    def wgmma(*, token, mesh_location, thread, a_allocation_key_as_array, source_info=None, **operands):
+        a = np.asarray(a_allocation_key_as_array)
+        if not jnp.issubdtype(a.dtype, jnp.floating):
+            operands |= {"thread": thread, "mesh_location": mesh_location, "source_info": source_info}
+            return of_references(token=token, a_allocation_key_as_array=a_allocation_key_as_array, **operands)
+        memory = callbacks._get_shared_memory()
+        info = callbacks.memory.GPULoggingInfo(mesh_location, thread, source_info)
+
+        def place(name):
+            key = callbacks.HostAllocationKey.from_array(operands[f"{name}_allocation_key_as_array"])
+            transforms = callbacks._remove_noop_transforms(operands[f"{name}_transforms"])
+            return key, memory.access(key, jax.tree.map(int, transforms))
+
+        acc, b = (memory.get_buffer_content(*place(name), thread, logging_info=info)[0] for name in ("acc", "b"))
+        total = acc + np.matmul(a, b, dtype=acc.dtype)
+        memory.store_buffer_content(*place("acc"), total, thread, logging_info=info)
+        return token
+
+    callbacks.wgmma = wgmma
+
+
+def together(columns, tile, block, shape, m, cluster, dtype=jnp.bfloat16, lines=0, sharing=1, registers=0):
     """Programs that hold several lines of y, of which the last group is not full."""
     WANTED.discard("dW")
-    configs.for_gather = lambda *_: configs.Union(64, *tile, columns, 2, 2, band=1, cluster=cluster)
+    from_registers()
+
+    def config(m, features, inner, width, *_):
+        held = lines or columns * tile[0] // width
+        ways = {"cluster": cluster, "sharing": sharing, "registers": registers}
+        return configs.Union(64, *tile, columns, 2, 2, band=1, lines=held, **ways)
+
+    configs.for_gather = config
     products(shape, block, m, dtype)
 
 
@@ -119,6 +153,17 @@ CASES = {
     "clusters": clusters,
     "lines together": lambda: together(4, (64, 64), (64, 64), (200, 360), 200, 2),
     "lines together, in parts": lambda: together(4, (32, 32), (64, 32), (192, 160), 72, 1, jnp.float16),
+    "lines together, x shared": lambda: together(4, (64, 64), (64, 64), (300, 460), 200, 1, sharing=2),
+    "lines together, x and blocks shared": lambda: together(
+        4, (32, 32), (32, 32), (290, 420), 200, 2, jnp.float16, lines=3, sharing=2
+    ),
+    "lines together, x shared, in parts": lambda: together(
+        8, (32, 32), (64, 64), (192, 320), 72, 1, lines=3, sharing=2
+    ),
+    "lines together, x in registers": lambda: together(4, (32, 32), (32, 32), (290, 420), 200, 2, registers=1),
+    "lines together, x shared and in registers": lambda: together(
+        4, (64, 64), (64, 64), (300, 460), 200, 1, jnp.float16, lines=3, sharing=2, registers=1
+    ),
     "pieces together": lambda: pieces(
         configs.Supertile(64, 32, 2, 4, 2, splits=3), (200, 300), (64, 64), 100, jnp.bfloat16
     ),

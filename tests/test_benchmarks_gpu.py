@@ -90,9 +90,26 @@ def test_the_kernels_that_share_what_they_load_are_checked(block, monkeypatch):
     rows, columns = pattern.grid
     assert isinstance(configs.for_gather(m, rows * block, block, block, columns, pattern.nnzb), configs.Union)
     assert isinstance(configs.for_sample(m, block, block, pattern.nnzb, rows, columns), configs.Supertile)
+    sharing = _gpu_checks._pattern(block, 1000, "sharing x")
+    config = configs.for_gather(m, rows * block, block, block, columns, sharing.nnzb)
+    assert isinstance(config, configs.Union) and config.sharing == 2
     with _gpu_checks.as_on_an_h100():
         names = [step.name for step in _gpu_checks.checks(dry_run=False)]
-    assert any(name.startswith(f"check mosaic block {block} together") for name in names)
+    for kind in ("together", "sharing x"):
+        assert any(name.startswith(f"check mosaic block {block} {kind}") for name in names)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="benchmarks/gpu.py is for machines with Python 3.12")
+def test_programs_that_share_x_are_timed_beside_those_that_do_not(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import _gpu_cells
+    from pallas_kernels.mosaic import configs
+
+    cell = _gpu_cells.Cell("blocks", 8192, (4096, 4096), (32, 32), 0.1, "forward")
+    found = _gpu_cells.contenders(cell, ["mosaic"])
+    assert found[_gpu_cells.X_APART].within is configs.x_apart
+    with configs.x_apart():
+        assert not _gpu_cells.shares_x(cell)
 
 
 def test_a_wrong_kernel_fails_its_step_alone(monkeypatch):

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic import configs
+
 COMPUTE = 2  # warpgroups that multiply; one more loads
 
 
@@ -65,13 +67,15 @@ class Pipeline:
             pl.when(step >= 0)(lambda stage=stage: plgpu.barrier_wait(self.freed.at[stage]))
 
 
-def barriers(stages: int, copies: int, cluster: int = 1, readers: int = COMPUTE) -> tuple[Any, Any]:
-    """The scratch of a pipeline whose stages are filled by so many copies and read by so many warpgroups."""
+def barriers(
+    stages: int, copies: int, cluster: int = 1, readers: int = COMPUTE, axis: str = "cluster"
+) -> tuple[Any, Any]:
+    """The scratch of a pipeline whose stages are filled by so many copies and read by so many warpgroups, those of all
+    programs along an axis of the cluster."""
     loaded = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
     if cluster == 1:
         return loaded, plgpu.Barrier(num_arrivals=readers, num_barriers=stages)
-    axes = ("cluster",)
-    return loaded, plgpu.ClusterBarrier(collective_axes=axes, num_arrivals=readers, num_barriers=stages)
+    return loaded, plgpu.ClusterBarrier(collective_axes=(axis,), num_arrivals=readers, num_barriers=stages)
 
 
 def specialise(items: int, drain: Callable, load: Callable, multiply: Callable, begin: Any = (0, 0)) -> None:
@@ -98,16 +102,26 @@ def specialise(items: int, drain: Callable, load: Callable, multiply: Callable, 
 
 
 def launch(
-    kernel: Callable, out: jax.ShapeDtypeStruct, scratch, name: str, *, programs: int, cluster: int, approximate
+    kernel: Callable,
+    out: jax.ShapeDtypeStruct,
+    scratch,
+    name: str,
+    *,
+    programs: int,
+    cluster: int = 1,
+    sharing: int = 1,
+    approximate: bool,
 ):
-    """The kernel as a function of its operands, one program (or cluster of them) for each multiprocessor."""
-    clusters = {"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster > 1 else {}
+    """The kernel as a function of its operands, with a program on each multiprocessor, or as many clusters of them as
+    surely run at once; the axes of a cluster are called "cluster" and "sharing", where they have more than one."""
+    axes = {name: size for name, size in (("cluster", cluster), ("sharing", sharing)) if size > 1}
+    clusters = {"cluster": tuple(axes.values()), "cluster_names": tuple(axes)} if axes else {}
     semantics = plgpu.LoweringSemantics.Warpgroup
     return plgpu.kernel(
         kernel,
         out_type=out,
         scratch_types=scratch,
-        grid=(programs // cluster,),
+        grid=(configs.clusters(programs, cluster * sharing),),
         grid_names=("sm",),
         num_threads=COMPUTE + 1,
         thread_name="wg",

@@ -18,8 +18,12 @@ PIECE = 64  # rows that a tensor core makes at least
 PROGRAMS = 132  # multiprocessors of an H100
 DRAWING = 59  # of them draw all that its level-2 cache gives, 6.65 TB/s, at 64 bytes a clock each
 OPERATIONS = 149  # of its tensor cores, 989 TFLOP/s, for each byte of that
+SHARED = (
+    OPERATIONS / 32
+)  # bytes of all shared memories, 128 a clock each, for each byte of that: 4096 operations a clock
+ARRIVING = SHARED / 2  # bytes that can arrive in all of them meanwhile
 _ITEM = 2  # bytes of a number
-_line_by_line = contextvars.ContextVar("line_by_line", default=False)
+_wanted = contextvars.ContextVar("wanted", default="any")  # kernels: any, or their measure, that without what was added
 
 
 class Gather(NamedTuple):
@@ -46,11 +50,14 @@ class Union(NamedTuple):
     tile_m: int  # rows
     tile_n: int  # columns, which divide those of a block
     tile_k: int  # summed numbers of one product, which divide those of a block
-    columns: int  # tiles side by side, an even number of whole lines
+    columns: int  # tiles side by side, an even number
     stages: int  # of x
     w_stages: int  # of tiles of blocks, for each multiplying warpgroup
     band: int  # tiles (of a whole cluster) along the batch that share x in the cache
     cluster: int  # programs along the batch that share what they load of the blocks
+    lines: int  # of a program, as many as its columns have room for or fewer
+    sharing: int  # programs along the lines that share what they load of x: 1 or 2
+    registers: int = 0  # 1 where a warpgroup reads a tile of x once for all its products, which takes registers
 
     @property
     def shared_memory(self) -> int:
@@ -93,18 +100,28 @@ def for_gather(
 ) -> Gather | Union:
     """The configuration of y [m, lines * width], summed over nnzb blocks [inner, width] of x [m, features]; where
     nnzb is None, no two lines read the same source."""
-    measured = None if _line_by_line.get() else _measured(kind).get(key("gather", m, inner, width))
+    density = (nnzb or lines) * inner / (lines * features)
+    measured = _measured(kind).get(key("gather", m, density, inner, width)) if _wanted.get() == "any" else None
     return measured or next(candidates_for_gather(m, features, inner, width, lines, nnzb))
 
 
-@contextlib.contextmanager
-def line_by_line():
+def line_by_line() -> contextlib.AbstractContextManager[None]:
     """What is lowered inside has the kernels whose programs hold one line, or two blocks: the others' measure."""
-    token = _line_by_line.set(True)
+    return _only("line by line")
+
+
+def x_apart() -> contextlib.AbstractContextManager[None]:
+    """What is lowered inside has no programs that share x or hold it in registers: the measure of those that do."""
+    return _only("x apart")
+
+
+@contextlib.contextmanager
+def _only(wanted: str) -> Iterator[None]:
+    token = _wanted.set(wanted)
     try:
         yield
     finally:
-        _line_by_line.reset(token)
+        _wanted.reset(token)
 
 
 def for_sample(
@@ -112,21 +129,19 @@ def for_sample(
 ) -> Sample | Supertile:
     """The configuration of nnzb sampled blocks [i, o], in so many block rows and columns, summed over m; where
     `columns` is None, no two blocks share a row or a column."""
-    measured = None if _line_by_line.get() else _measured(kind).get(key("sample", m, i, o))
+    name = key("sample", m, nnzb / (rows * (columns or rows)), i, o)
+    measured = None if _wanted.get() == "line by line" else _measured(kind).get(name)
     return measured or next(candidates_for_sample(m, i, o, nnzb, rows, columns))
 
 
 def candidates_for_gather(
     m: int, features: int, inner: int, width: int, lines: int, nnzb: int | None = None
 ) -> Iterator[Gather | Union]:
-    """What is worth trying, the heuristic's choice first: of both kernels, the one that is predicted to load less."""
+    """What is worth trying, the heuristic's choice first: of both kernels, the one that is predicted to be faster."""
+    sizes = m, features, inner, width, lines, nnzb
     alone = list(_line_by_line_candidates(m, features, inner, width, lines))
-    together = list(_union_candidates(m, features, inner, width, lines, nnzb))
-    if not together or _line_by_line.get():
-        yield from alone
-    elif loaded(together[0], m, features, inner, width, lines, nnzb) < loaded(
-        alone[0], m, features, inner, width, lines, nnzb
-    ):
+    together = [] if _wanted.get() == "line by line" else list(_union_candidates(*sizes))
+    if together and _cost(together[0], sizes) < _cost(alone[0], sizes):
         yield from (*together, *alone)
     else:
         yield from (*alone, *together)
@@ -135,16 +150,61 @@ def candidates_for_gather(
 def loaded(
     config: Gather | Union, m: int, features: int, inner: int, width: int, lines: int, nnzb: int | None
 ) -> float:
-    """Bytes that all programs together load into shared memory, the blocks lying at random."""
+    """Bytes that the level-2 cache gives to all programs together, the blocks lying at random."""
     nnzb = lines if nnzb is None else nnzb
     if isinstance(config, Gather):
         rows = 2 * config.tile_m
         tiles = -(-m // rows)
         return _ITEM * nnzb * tiles * inner * (rows * width // config.tile_n + width / config.cluster)
-    sources, together = features / inner, config.columns * config.tile_n // width
-    read = sources * (1 - (1 - nnzb / (lines * sources)) ** together)
-    tiles, groups = -(-m // config.tile_m), -(-lines // together)
-    return _ITEM * tiles * inner * (groups * read * config.tile_m + nnzb * width / config.cluster)
+    sources, tiles = features / inner, -(-m // config.tile_m)
+    groups, rest = divmod(lines, config.lines * config.sharing)
+    free = 1 - nnzb / (lines * sources)  # the chance that a line doesn't read a source
+    read = sources * (groups * (1 - free ** (config.lines * config.sharing)) + 1 - free**rest)
+    return _ITEM * tiles * inner * (read * config.tile_m + nnzb * width / config.cluster)
+
+
+def taken(config: Gather | Union, m: int, features: int, inner: int, width: int, lines: int, nnzb: int | None) -> float:
+    """How long all programs take, the blocks lying at random, in bytes that the level-2 cache gives meanwhile.
+
+    The busiest counts: that cache; the shared memory of a program with the most items, into which its tiles are written
+    and out of which products read their operands; its tensor cores.
+    """
+    c, nnzb, sources = config, lines if nnzb is None else nnzb, features / inner
+    free = 1 - nnzb / (lines * sources)  # the chance that a line doesn't read a source
+    if isinstance(c, Gather):
+        items, cluster, rows, held = lines * width // c.tile_n, c.cluster, 2 * c.tile_m, c.tile_n / width
+        of_x = nnzb / lines
+    else:
+        items, cluster, rows = -(-lines // (c.lines * c.sharing)), c.cluster * c.sharing, c.tile_m
+        held = lines / (items * c.sharing)
+        of_x = sources * (1 - free**held)
+    rounds = -(-(-(-m // (rows * c.cluster)) * items) // clusters(PROGRAMS, cluster))
+    columns = nnzb / lines * held * width  # of an item, times what it sums over
+    arrived = inner * (of_x * rows + columns)
+    read = inner * columns / c.tile_n * rows / PIECE * (PIECE + c.tile_n)
+    if isinstance(c, Union) and c.registers:  # each of two warpgroups reads x once for its half of the lines
+        read = inner * (2 * sources * (1 - free ** (held / 2)) * rows + rows / PIECE * columns)
+    moved = _ITEM * max(arrived / ARRIVING, (arrived + read) / SHARED)
+    busiest = rounds * PROGRAMS * max(moved, 2 * inner * columns * rows / OPERATIONS)
+    return max(loaded(c, m, features, inner, width, lines, nnzb), busiest)
+
+
+def _cost(config: Gather | Union, sizes: tuple[int, int, int, int, int, int | None]) -> float:
+    """The same, and something for what no prediction counts: programs that wait for each other, four or along the
+    lines, and warpgroups that say at every step that x was read."""
+    c, more = config, 0.0
+    if isinstance(c, Union):
+        more = (0.05 if c.cluster * c.sharing > 2 else 0.02 if c.sharing > 1 else 0) + 0.02 * c.registers
+    return (1 + more) * taken(c, *sizes)
+
+
+def clusters(multiprocessors: int, size: int) -> int:
+    """How many clusters of so many programs surely run at once.
+
+    They lie within groups of up to 18 multiprocessors, of which each chip lacks others: on an H100 some have found room
+    for 15 clusters of 8, so 30 of 4. One more than there is room for would begin when all others have ended.
+    """
+    return max(1, (multiprocessors if size <= 2 else multiprocessors * 10 // 11) // size)
 
 
 def _line_by_line_candidates(m: int, features: int, inner: int, width: int, lines: int) -> Iterator[Gather]:
@@ -159,17 +219,32 @@ def _line_by_line_candidates(m: int, features: int, inner: int, width: int, line
 
 
 def _union_candidates(m: int, features: int, inner: int, width: int, lines: int, nnzb: int | None) -> Iterator[Union]:
-    """128 x 384 sums, all that two warpgroups hold, or a third less; none where that is too little work for every
-    program. Narrower tiles spill registers."""
+    """128 x 384 sums, all that two warpgroups hold, or fewer, as where x is in registers too; none where that is too
+    little work for every program. Narrower tiles spill registers. The best of each way to share and to hold x."""
     tile_n, tile_k = _divisor(width, 64), _divisor(inner, 64)
     if nnzb is None or tile_n < 32:
         return
-    for most in (384, 256):
+    found: dict[tuple[int, int, int], list[Union]] = {}
+    ways = ((2, 1, 0),)
+    if _wanted.get() == "any":
+        ways = (*ways, (1, 2, 0), (2, 2, 0), (2, 1, 1), (1, 2, 1), (2, 2, 1))
+    for most in (384, 320, 256):
         columns = most // width * (width // tile_n)
         items = -(-m // 256) * -(-lines * width // most)
         if columns and columns % 2 == 0 and items >= 66:
-            band = max(1, CACHED // (2 * 128 * features * _ITEM))
-            yield from _deepest(Union(128, tile_n, tile_k, columns, 8, 384 // tile_n, band, 2))
+            in_registers = most < 384 and tile_k >= tile_n  # as there is room, and whole layouts of shared memory
+            for cluster, sharing, registers in ways if in_registers else [way for way in ways if not way[2]]:
+                band = max(1, CACHED // (cluster * 128 * features * _ITEM))
+                fewest = -(-lines // (most // width * sharing))
+                for groups in range(fewest, fewest + 2):
+                    dealt = -(-lines // (groups * sharing)), sharing, registers
+                    config = Union(128, tile_n, tile_k, columns, 8, 384 // tile_n, band, cluster, *dealt)
+                    found.setdefault((cluster, sharing, registers), []).append(config)
+
+    sizes = m, features, inner, width, lines, nnzb
+    best: list[Union] = [min(configs, key=lambda config: _cost(config, sizes)) for configs in found.values()]
+    for config in sorted(best, key=lambda config: _cost(config, sizes)):
+        yield next(_deepest(config))
 
 
 def candidates_for_sample(
@@ -178,7 +253,7 @@ def candidates_for_sample(
     """The same for the weight gradient."""
     sizes = m, i, o, nnzb, rows, columns or rows
     alone = list(_two_block_candidates(i, o, nnzb, rows))
-    together = [] if columns is None or _line_by_line.get() else list(_supertile_candidates(*sizes))
+    together = [] if columns is None or _wanted.get() == "line by line" else list(_supertile_candidates(*sizes))
     if together and sampled(together[0], *sizes) < sampled(alone[0], *sizes):
         yield from (*together, *alone)
     else:
@@ -228,6 +303,22 @@ def sampled(config: Sample | Supertile, m: int, i: int, o: int, nnzb: int, rows:
     return m / c.splits * _slowest(groups * c.splits, loads, products, c.tile_o) + sums
 
 
+def sampled_through_shared_memory(
+    config: Sample | Supertile, m: int, i: int, o: int, nnzb: int, rows: int, columns: int
+) -> float:
+    """How long the same takes by what is written into shared memory, zeros too, and read by products, alone."""
+    c = config
+    if isinstance(c, Sample):
+        items = (nnzb * (o // c.tile_o) + rows / 2) // 2 * max(1, i // c.tile_i)
+        arrived, read = c.tile_i + 2 * c.tile_o, 2 * c.tile_i / PIECE * (PIECE + c.tile_o)
+    else:
+        items = groups_of(c, i, o, nnzb, rows, columns)[0] * c.splits
+        arrived, read = c.rows * PIECE + c.pieces * c.tile_o, c.pieces * (PIECE + c.tile_o)
+        m = -(-m // c.splits)
+    moved = _ITEM * max(arrived / ARRIVING, (arrived + read) / SHARED)
+    return m * PROGRAMS * math.ceil(items / PROGRAMS) * moved
+
+
 def groups_of(c: Supertile, i: int, o: int, nnzb: int, rows: int, columns: int) -> tuple[float, float, float]:
     """How many groups of pieces there are, and how many tiles of x and of dy one loads, the blocks lying at random."""
     pieces, tiles = -(-rows * i // PIECE), -(-columns * o // c.tile_o)
@@ -260,9 +351,11 @@ def waits(tile_n: int) -> float:
     return max(1, (PIECE + tile_n) / (2 * tile_n))
 
 
-def key(kernel: str, m: int, *block: int) -> str:
-    """What a measurement is good for: a kernel, a block, and batches of up to the next power of two."""
-    return f"{kernel} {'x'.join(map(str, block))} batch {1 << max(m - 1, 0).bit_length()}"
+def key(kernel: str, m: int, density: float, *block: int) -> str:
+    """What a measurement is good for: a kernel, a block, densities up to 1.4 times more or less, and batches of up to
+    the next power of two."""
+    stored = f"1/{2 ** round(-math.log2(density))}" if density else "0"
+    return f"{kernel} {'x'.join(map(str, block))} density {stored} batch {1 << max(m - 1, 0).bit_length()}"
 
 
 def _deepest(config):
