@@ -42,6 +42,7 @@ TABLE = {
     "jaxsparse/__init__.py": {
         "jaxsparse._backends",
         "jaxsparse._devices",
+        "jaxsparse._memory",
         "jaxsparse._picture",
         "jaxsparse.models.summary",
         "jaxsparse.formats",
