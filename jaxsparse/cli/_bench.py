@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import os
 import platform
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +80,29 @@ def _cpu_model() -> str:
     return found.group(1) if found else platform.processor() or platform.machine()
 
 
+@contextlib.contextmanager
+def _no_interrupt_lost() -> Iterator[Callable[[], None]]:
+    """What raises KeyboardInterrupt where one was asked for: raised within a callback, one may be lost."""
+    asked, before = threading.Event(), signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+
+    def ask(*_) -> None:
+        asked.set()
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def run_with_progress(
     cells: Sequence[Cell], seconds: float, only: str, keep: Callable[[list[Measured]], Any]
 ) -> list[Measured]:
@@ -97,10 +123,12 @@ def run_with_progress(
             bar.update(task, description=f"{cell.size_in}x{cell.size_out}, {cell.density:g}: {what}")
 
         try:
-            for measured in running.run(cells, seconds, only, tell):
-                done.append(measured)
-                keep(done)
-                bar.advance(task)
+            with _no_interrupt_lost() as check:
+                for measured in running.run(cells, seconds, only, tell):
+                    done.append(measured)
+                    keep(done)
+                    bar.advance(task)
+                    check()
         except KeyboardInterrupt:
             pass
     if len(done) < len(cells):
