@@ -1,7 +1,7 @@
 // The sampled product with blocks: x^T dy at the stored blocks, summed over the whole batch.
 #pragma once
 
-#include "blocks.h"
+#include "micro.h"
 
 namespace jaxsparse_cpu {
 namespace {
