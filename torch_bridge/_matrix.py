@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from cpu_kernels import direct
 from jaxsparse._sizes import is_unstructured, values_shape
 from torch_bridge._memory import in_large_pages
+from torch_bridge._narrow import Narrow
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # as the kernels have them
     "relu": F.relu,
@@ -78,7 +79,7 @@ class Sparse:
     sizes: tuple[int, int, int, int]
     transposed: bool = False
     _plain: tuple[Tensor, ...] | None = dataclasses.field(default=None, init=False, repr=False)
-    _narrow: Tensor | None = dataclasses.field(default=None, init=False, repr=False)
+    _narrow: Narrow | None = dataclasses.field(default=None, init=False, repr=False)
     _lone_rows: int = dataclasses.field(default=0, init=False, repr=False)
 
     @property
@@ -153,8 +154,8 @@ class Sparse:
 
     def _narrow_index(self) -> Tensor:
         if self._narrow is None:
-            self._narrow = self._plain_index()[1].to(torch.uint16)
-        return self._narrow
+            self._narrow = Narrow(self._plain_index()[1], self.sizes[0])
+        return self._narrow()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
