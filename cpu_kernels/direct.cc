@@ -80,7 +80,9 @@ class Operands {
     }
     if (t.device_type != 1) wrong(name, " is not on a CPU");
     if (!in_c_order(t)) wrong(name, " is not contiguous");
-    return {type_of(t), t.ndim, t.shape, static_cast<char*>(t.data) + t.byte_offset};
+    const Buffer buffer{type_of(t), t.ndim, t.shape, static_cast<char*>(t.data) + t.byte_offset};
+    if (!t.data && buffer.count()) wrong(name, " has no memory");
+    return buffer;
   }
 
   // Runs call(pool) without the caller's lock, and returns what is to be returned.

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import func
 
 from jaxsparse.formats import BlockPattern
 from torch_bridge._matrix import Diagonal, Sparse
@@ -38,6 +39,35 @@ MATRICES = {
     "blocks": lambda: sparse((12, 8), (4, 2)),
     "ragged blocks": lambda: sparse((10, 7), (4, 3)),
     "block-diagonal": lambda: diagonal(3, 4, 2),
+}
+
+
+# Of a function of x, [rows, in], and w.
+TRANSFORMS = {
+    "vmap over x": lambda f, x, w: func.vmap(f, (0, None))(x, w),
+    "vmap over w": lambda f, x, w: func.vmap(f, (None, 0))(x, torch.stack([w, 2 * w])),
+    "vmap over both": lambda f, x, w: (
+        func.vmap(f, (1, 2))(torch.stack([x, x + 1], 1), torch.stack([w, 2 * w], -1))
+        if w.ndim == 2
+        else func.vmap(f)(torch.stack([x, x + 1]), torch.stack([w, 2 * w]))
+    ),
+    "vmap of vmap": lambda f, x, w: func.vmap(func.vmap(f, (0, None)), (None, 0))(x, torch.stack([w, w + 1])),
+    "per-sample gradients": lambda f, x, w: func.vmap(func.grad(lambda w, x: f(x, w).sum()), (None, 0))(w, x),
+    "jacrev": lambda f, x, w: func.jacrev(f, 1)(x, w),
+    "jacfwd": lambda f, x, w: func.jacfwd(f, 1)(x, w),
+    "jvp": lambda f, x, w: func.jvp(f, (x, w), (x + 1, w - 1))[1],
+    "hessian": lambda f, x, w: func.hessian(lambda w: f(x, w).sum())(w),
+    "reverse over reverse": lambda f, x, w: func.jacrev(func.jacrev(lambda w: f(x, w).sum()))(w),
+    "linearize": lambda f, x, w: func.linearize(f, x, w)[1](x + 1, w - 1),
+    "forward over forward": lambda f, x, w: func.jacfwd(func.jacfwd(lambda w: f(x, w).sum()))(w),
+    "forward under reverse": lambda f, x, w: func.grad(lambda w: func.jvp(f, (x, w), (x + 1, w - 1))[1].square().sum())(
+        w
+    ),
+    "forward under vmap": lambda f, x, w: func.vmap(lambda x: func.jvp(f, (x, w), (x + 1, w - 1))[1])(x),
+    "vmap under forward": lambda f, x, w: func.jvp(func.vmap(f, (0, None)), (x, w), (x + 1, w - 1))[1],
+    "a pullback that outlived its transform": lambda f, x, w: func.vjp(
+        func.vmap(lambda x: func.vjp(f, x, w)[1](torch.ones_like(f(x, w)))[0]), x
+    )[1](x - 1)[0],
 }
 
 

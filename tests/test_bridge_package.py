@@ -142,7 +142,7 @@ def imports_at_once(source: str) -> set[str]:
 
 
 LIGHT = ["nn", "patch", "products", "torch_ops", "_dense", "_draw", "_handles", "_index", "_linear", "_matrix"]
-LIGHT += ["_layer", "_product", "_stored", "_views", "_watch", "_whole", "_errors", "__init__"]
+LIGHT += ["_layer", "_product", "_stored", "_narrow", "_views", "_watch", "_whole", "_errors", "__init__"]
 
 
 @pytest.mark.parametrize("name", LIGHT)

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("torch", reason="torch_bridge needs torch")
 
 import torch
-from matrices import MATRICES, pattern_of, problem
+from matrices import MATRICES, TRANSFORMS, pattern_of, problem
 from torch import func
 
 from torch_bridge import SparseLinear, _matrix, products
@@ -173,25 +173,6 @@ def ours_and_dense(make):
     )
 
 
-TRANSFORMS = {
-    "vmap over x": lambda f, x, w: func.vmap(f, (0, None))(x, w),
-    "vmap over w": lambda f, x, w: func.vmap(f, (None, 0))(x, torch.stack([w, 2 * w])),
-    "vmap over both": lambda f, x, w: (
-        func.vmap(f, (1, 2))(torch.stack([x, x + 1], 1), torch.stack([w, 2 * w], -1))
-        if w.ndim == 2
-        else func.vmap(f)(torch.stack([x, x + 1]), torch.stack([w, 2 * w]))
-    ),
-    "vmap of vmap": lambda f, x, w: func.vmap(func.vmap(f, (0, None)), (None, 0))(x, torch.stack([w, w + 1])),
-    "per-sample gradients": lambda f, x, w: func.vmap(func.grad(lambda w, x: f(x, w).sum()), (None, 0))(w, x),
-    "jacrev": lambda f, x, w: func.jacrev(f, 1)(x, w),
-    "jacfwd": lambda f, x, w: func.jacfwd(f, 1)(x, w),
-    "jvp": lambda f, x, w: func.jvp(f, (x, w), (x + 1, w - 1))[1],
-    "hessian": lambda f, x, w: func.hessian(lambda w: f(x, w).sum())(w),
-    "reverse over reverse": lambda f, x, w: func.jacrev(func.jacrev(lambda w: f(x, w).sum()))(w),
-    "linearize": lambda f, x, w: func.linearize(f, x, w)[1](x + 1, w - 1),
-}
-
-
 @each_matrix
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_give_what_they_give_for_the_dense_product(make, name):
@@ -228,6 +209,7 @@ STRANGE = {
     "negated lazily": lambda x: torch.complex(x, x).conj().imag,
     "negated lazily, contiguous": torch._neg_view,
     "an offset of one number": lambda x: torch.cat([x.reshape(-1)[:1], x.reshape(-1)])[1:].view(x.shape),
+    "zeros without memory": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
 }
 
 

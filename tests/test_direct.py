@@ -198,6 +198,13 @@ def test_what_is_no_tensor_with_memory_is_an_error_of_torchs_own(what):
         direct.Kernels(torch).block_diag_outer(what, torch.zeros(1, 1), torch.zeros(1, 1, 1))
 
 
+def test_a_tensor_of_zeros_that_has_no_memory_is_refused():
+    with pytest.raises(ValueError, match="dy has no memory"):
+        direct.Kernels(torch).block_diag_outer(
+            torch.zeros(1, 1), torch._efficientzerotensor(1, 1), torch.zeros(1, 1, 1)
+        )
+
+
 def test_a_torch_without_the_exchange_table_is_named_with_what_it_lacks():
     class Old:
         __version__ = "2.9.1"

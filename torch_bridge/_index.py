@@ -2,8 +2,8 @@
 
 Frameworks write into buffers: loaders, broadcasts, averages. A product over half a pattern would be wrong without a
 word, so a layer reaches its buffers through its `Guard`. What a guard cannot see is a write behind torch's back:
-through `.data`, through NumPy, by a collective of torch.distributed such as `broadcast`, or by another process in shared
-memory. Products read what is there then; indices out of range are refused all the same.
+through `.data`, through NumPy, by a collective of torch.distributed such as `broadcast`, or by another process in
+shared memory. Products read what is there then; indices out of range are refused all the same.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 from torch.nn import functional as F
 
 from cpu_kernels import direct
@@ -142,7 +143,7 @@ class Sparse:
 
     def _plain_index(self) -> tuple[Tensor, ...]:
         if self._plain is None:
-            self._plain = tuple(map(plain, self.index))
+            self._plain = tuple([plain(unwrap_if_dead(t)) for t in self.index])  # a transform may have ended
         return self._plain
 
     def _narrows(self) -> bool:
@@ -264,6 +265,7 @@ Matrix = Sparse | Diagonal
 def plain(t: Tensor) -> Tensor:
     """The same numbers as they lie in memory."""
     t = t.resolve_neg() if t.is_neg() else t
+    t = torch.zeros_like(t) if t._is_zerotensor() else t  # a tangent for which nothing was written yet
     return t if t.is_contiguous() else t.contiguous()
 
 

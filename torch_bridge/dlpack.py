@@ -64,13 +64,16 @@ def ready(t: Tensor) -> Tensor:
 
     What JAX would get wrong or do late is done here, by torch, before this returns: lazy negation (a DLPack
     export loses the sign), strides (refused, or one compilation per layout), misalignment (JAX copies later,
-    in a race with torch's next write), 64-bit types (JAX narrows them without a word).
+    in a race with torch's next write), 64-bit types (JAX narrows them without a word), zeros without memory, as forward
+    mode makes them.
     """
     if t.requires_grad:
         t = t.detach()
     _check_kind(t)
     if t.is_neg() or t.is_conj():
         t = t.resolve_conj().resolve_neg()
+    if t._is_zerotensor():
+        t = torch.zeros_like(t)
     if t.dtype in _OF_32_BITS and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         t = _in_32_bits(t)
     if not t.is_contiguous():

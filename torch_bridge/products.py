@@ -10,7 +10,8 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ def multiply(matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None = None, a
     Raises:
       ValueError: for shapes or dtypes that do not fit, and for an index out of range.
     """
-    transforms = _watch.transforms_active() and not _watch.functionalizes()
+    compiles = torch.compiler.is_compiling()  # transforms as well, and operators have rules for them
+    transforms = not compiles and _watch.transforms_active() and not _watch.functionalizes()
     if not transforms and _is_recorded():  # before the next line: what is recorded does not depend on who trains
         if torch.onnx.is_in_onnx_export():
             return _portable.multiply(matrix, x, w, bias, activation)
@@ -66,7 +68,7 @@ def multiply(matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None = None, a
     if activation and (transforms or is_trained(x, w, bias)):
         return ACTIVATIONS[activation](multiply(matrix, x, w, bias))
     if transforms:
-        return _MultiplyUnderTransforms.apply(matrix, x, w, bias, *matrix.index)
+        return MultiplyUnderTransforms.apply(matrix, x, w, bias, *matrix.index)
     if isinstance(matrix, Diagonal) and matrix.is_torchs(x):
         y = matrix.by_torch(x, w, bias)
         return ACTIVATIONS[activation](y) if activation else y
@@ -90,7 +92,7 @@ def as_autocast(t: Tensor | None, dtype: torch.dtype) -> Any:
 def sample(matrix: Matrix, x: Tensor, dy: Tensor) -> Tensor:
     """x^T dy, summed over all leading dimensions, where the matrix stores it; differentiable in both."""
     if _watch.transforms_active() and not _watch.functionalizes():
-        return _SampleUnderTransforms.apply(matrix, x, dy, *matrix.index)
+        return SampleUnderTransforms.apply(matrix, x, dy, *matrix.index)
     if _is_recorded():
         return matrix.operator("sample", x, dy)
     if torch.is_grad_enabled():
@@ -169,7 +171,7 @@ class Sample(torch.autograd.Function):
 # ---- torch.func and forward mode -----------------------------------------------------------------------
 
 
-class _MultiplyUnderTransforms(torch.autograd.Function):
+class MultiplyUnderTransforms(torch.autograd.Function):
     @staticmethod
     def forward(matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None, *index: Tensor) -> Tensor:
         return _raw(matrix.with_index(index), "multiply", x, w, bias, None)
@@ -190,11 +192,7 @@ class _MultiplyUnderTransforms(torch.autograd.Function):
     def jvp(ctx, *tangents: Tensor | None):
         _, dx, dw, db, *_ = tangents
         x, w, *index = ctx.saved_tensors
-        matrix = ctx.matrix.with_index(index)
-        terms = [] if dx is None else [multiply(matrix, dx, w)]
-        terms += [] if dw is None else [multiply(matrix, x, dw)]
-        terms += [] if db is None else [db.expand(*x.shape[:-1], -1)]
-        return sum(terms[1:], terms[0])
+        return tangent(functools.partial(multiply, ctx.matrix.with_index(index)), x, w, dx, dw, db)
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -205,7 +203,7 @@ class _MultiplyUnderTransforms(torch.autograd.Function):
         return torch.stack([multiply(matrix.with_index(index), x, w, bias) for x, w, bias, *index in calls]), 0
 
 
-class _SampleUnderTransforms(torch.autograd.Function):
+class SampleUnderTransforms(torch.autograd.Function):
     @staticmethod
     def forward(matrix: Matrix, x: Tensor, dy: Tensor, *index: Tensor) -> Tensor:
         return _raw(matrix.with_index(index), "sample", x, dy)
@@ -226,16 +224,21 @@ class _SampleUnderTransforms(torch.autograd.Function):
     def jvp(ctx, *tangents: Tensor | None):
         _, dx, ddy, *_ = tangents
         x, dy, *index = ctx.saved_tensors
-        matrix = ctx.matrix.with_index(index)
-        terms = [] if dx is None else [sample(matrix, dx, dy)]
-        terms += [] if ddy is None else [sample(matrix, x, ddy)]
-        return sum(terms[1:], terms[0])
+        return tangent(functools.partial(sample, ctx.matrix.with_index(index)), x, dy, dx, ddy)
 
     @staticmethod
     def vmap(info, in_dims, *args):
         matrix, *operands = args
         calls = _calls(info, in_dims[1:], operands)
         return torch.stack([sample(matrix.with_index(index), x, dy) for x, dy, *index in calls]), 0
+
+
+def tangent(product: Callable[..., Tensor], a: Tensor, b: Tensor, da, db, dbias: Tensor | None = None) -> Tensor:
+    """Of product(a, b) + bias, by the tangents that there are."""
+    terms = [] if da is None else [product(da, b)]
+    terms += [] if db is None else [product(a, db)]
+    terms += [] if dbias is None else [dbias.expand(*a.shape[:-1], -1)]
+    return sum(terms[1:], terms[0])
 
 
 def _calls(info, dims: Sequence[int | None], operands: Sequence[Tensor | None]) -> list[list[Any]]:

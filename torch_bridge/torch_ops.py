@@ -2,20 +2,88 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.utils.flop_counter import register_flop_formula
 
 from torch_bridge._matrix import ACTIVATIONS, Diagonal, Matrix, Sparse, like
-from torch_bridge.products import Multiply, Sample, as_autocast, is_trained
+from torch_bridge._watch import transforms_active
+from torch_bridge.products import (
+    Multiply,
+    MultiplyUnderTransforms,
+    Sample,
+    SampleUnderTransforms,
+    as_autocast,
+    is_trained,
+    tangent,
+)
 
 _LIBRARY = torch.library.Library("jaxsparse", "DEF")
-_DERIVED = {"multiply": Multiply, "sample": Sample}
 _UNCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+
+class _MultiplyByLevels(MultiplyUnderTransforms):
+    """As the operator is called by the transform whose turn it is, with the operator for what comes below."""
+
+    @staticmethod
+    def forward(matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None, *index: Tensor) -> Tensor:
+        with _next_level():
+            return _product(matrix.with_index(index), x, w, bias)
+
+    @staticmethod
+    def jvp(ctx, *tangents: Tensor | None):
+        _, dx, dw, db, *_ = tangents
+        x, w, *index = ctx.saved_tensors
+        return tangent(functools.partial(_product, ctx.matrix.with_index(index)), x, w, dx, dw, db)
+
+
+class _SampleByLevels(SampleUnderTransforms):
+    """The same of `sample`."""
+
+    @staticmethod
+    def forward(matrix: Matrix, x: Tensor, dy: Tensor, *index: Tensor) -> Tensor:
+        with _next_level():
+            return matrix.with_index(index).operator("sample", x, dy)
+
+    @staticmethod
+    def jvp(ctx, *tangents: Tensor | None):
+        _, dx, ddy, *_ = tangents
+        x, dy, *index = ctx.saved_tensors
+        return tangent(functools.partial(ctx.matrix.with_index(index).operator, "sample"), x, dy, dx, ddy)
+
+
+def _product(matrix: Matrix, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    return matrix.operator("multiply", x, w, bias, None)
+
+
+@contextlib.contextmanager
+def _next_level() -> Iterator[None]:
+    """Where the transform before has its turn; without one, the kernel."""
+    with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+        yield
+
+
+def _one_level(function: Any) -> Callable[..., Tensor]:
+    """`function.apply` for the transform whose turn it is; it would go through all of them."""
+    apply = super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
+
+    def applied(*arguments):
+        with enable_single_level_autograd_function():
+            return apply(*arguments)
+
+    return applied
+
+
+_DERIVED = {"multiply": Multiply.apply, "sample": Sample.apply}
+_DERIVED_UNDER_TRANSFORMS = {"multiply": _one_level(_MultiplyByLevels), "sample": _one_level(_SampleByLevels)}
 
 
 def _define(schema: str, method: str, operands: int, matrix: Callable[..., Matrix], shapes: Callable[..., Any]) -> None:
@@ -36,14 +104,30 @@ def _define(schema: str, method: str, operands: int, matrix: Callable[..., Matri
         return getattr(matrix(*arguments), method)(*arguments[:operands], *_activation(arguments))
 
     def derived(*arguments):
-        if torch.is_grad_enabled() and method in _DERIVED:
-            given = _activation(arguments)
-            if not given:
-                return _DERIVED[method].apply(matrix(*arguments), *arguments[:operands])
-            if is_trained(*arguments[:operands]):  # the derivative needs what the activation was applied to
-                return ACTIVATIONS[given[0]](called(*arguments[:-1]))
+        transforms, given, tensors = transforms_active(), _activation(arguments), arguments[:operands]
+        if given and (transforms or is_trained(*tensors)):  # the derivative needs what the activation was applied to
+            return ACTIVATIONS[given[0]](called(*arguments[:-1]))
+        if method == "gradients" and (transforms or is_trained(*tensors)):
+            return apart(matrix(*arguments), *tensors)
+        if transforms and method in _DERIVED:
+            described = matrix(*arguments)
+            return _DERIVED_UNDER_TRANSFORMS[method](described, *tensors, *described.index)
+        if torch.is_grad_enabled() and method in _DERIVED and not given:
+            return _DERIVED[method](matrix(*arguments), *tensors)
         with torch._C._AutoDispatchBelowAutograd():
             return called(*arguments)
+
+    def apart(matrix, x, w, dy):
+        return matrix.T.operator("multiply", dy, w, None, None), matrix.operator("sample", x, dy)
+
+    def batched(info, in_dims, *arguments):
+        if method == "multiply" and all(d is None for d in in_dims[1:]):
+            return called(arguments[0].movedim(in_dims[0], 0), *arguments[1:]), 0  # rows of x are independent
+        calls = zip(*[_unbound(a, d, info.batch_size) for a, d in zip(arguments, in_dims, strict=True)], strict=True)
+        results = [called(*call) for call in calls]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
     def cast(*arguments):
         dtype = torch.get_autocast_dtype("cpu")
@@ -54,8 +138,17 @@ def _define(schema: str, method: str, operands: int, matrix: Callable[..., Matri
     _LIBRARY.impl(name, kernel, "CPU")
     _LIBRARY.impl(name, derived, "Autograd")
     _LIBRARY.impl(name, cast, "AutocastCPU")
+    torch.library.register_vmap(f"jaxsparse::{name}", batched, lib=_LIBRARY)
     torch.library.register_fake(f"jaxsparse::{name}", shapes, lib=_LIBRARY)
     register_flop_formula(getattr(torch.ops.jaxsparse, name))(_FLOPS[method])
+
+
+def _unbound(argument: Any, dims: Any, count: int) -> Sequence[Any]:
+    """An argument of each call of a batch."""
+    if isinstance(dims, (list, tuple)):
+        each = [_unbound(a, d, count) for a, d in zip(argument, dims, strict=True)]
+        return [list(call) for call in zip(*each, strict=True)]
+    return [argument] * count if dims is None else argument.unbind(dims)
 
 
 def _activation(arguments: Sequence[Any]) -> list[str]:
