@@ -171,7 +171,7 @@ FOREIGN = {"torch", "jax", "numpy", "flax"}
 BRIDGE = {
     "__init__.py": {"_errors", "dlpack", "function", "module", "nn", "torch_ops", "patch", "roles"},
     "_compressed.py": {"dlpack"},
-    "costs.py": {"nn"},
+    "costs.py": {"nn", "products"},
     "_dense.py": set(),
     "_linear.py": {"_dense", "_watch"},
     "_handles.py": set(),

@@ -10,12 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from jaxsparse.costs.layers import Layer
+from torch_bridge import products
 from torch_bridge.nn import BlockDiagLinear, BlockSparseLinear, SparseLinear
 
 
 def threads() -> int:
     """How many threads torch's products use."""
     return torch.get_num_threads()
+
+
+def detour() -> str | None:
+    """Why the sparse layers go through JAX on CPU tensors here; None where they go straight to the C++ kernels."""
+    return products.WHY_NOT
 
 
 def wide(dtype: str) -> contextlib.AbstractContextManager:

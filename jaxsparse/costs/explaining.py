@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -78,6 +79,7 @@ class Explanation:
             "formats": [_as_dict(row) for row in self.rows],
             "crossover": {str(side): density for side, density in self.crossover.items()},
             "crossover_of": "step" if self.train else "forward",
+            "through_jax": _detour(self.profile),
             "advice": self.advice,
         }
 
@@ -90,6 +92,8 @@ class Explanation:
         )
         said = [f"{row.layer}: {row.note}." for row in self.rows if row.note]
         said += [f"Measured, {mode}, {row.layer}: {race}." for row in self.rows for mode, race in row.races.items()]
+        detour = _detour(p)
+        said += [f"Sparse layers go through JAX here: {detour.removesuffix('.')}."] if detour else []
         said += _doubts(p)
         notes = [line for each in said for line in _wrapped(each, first="")]
         below = [f"{'single entries' if b == 1 else f'{b}x{b}'} {_density(d)}" for b, d in self.crossover.items()]
@@ -99,6 +103,11 @@ class Explanation:
             [head, "", *_memory(self.rows), "", *_time(self.rows), "", pays, *_wrapped(", ".join(below)), *notes]
             + ["", *_wrapped(self.advice, first="", others="")]
         )
+
+
+def _detour(profile: machine.Profile) -> str | None:
+    """Why torch's layers go through JAX here, if they do."""
+    return importlib.import_module(machine.FRAMEWORKS["torch"]).detour() if profile.framework == "torch" else None
 
 
 def _doubts(profile: machine.Profile) -> list[str]:
