@@ -155,3 +155,19 @@ def test_an_nnx_model_that_assigns_to_its_parameters_is_refused():
 
     with pytest.raises(BridgeError, match="assigns to the nnx.Param w"):
         from_flax(Assigns())(torch.ones(2))
+
+
+def test_parameters_are_kept_as_views_and_neither_buffers_nor_inputs():
+    class Normed(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.BatchNorm(use_running_average=True)(linen.Dense(4)(x))
+
+    module = from_flax(Normed(), init(Normed()))
+    assert dict(module.named_buffers())
+    for _ in range(2):
+        module(torch.ones(2, 8)).sum().backward()
+    kept = [view for _, view in filter(None, module._views.kept.values())]
+    assert len(kept) == len(module._views.kept) == len(list(module.parameters()))
+    theirs = {p.data_ptr() for p in module.parameters()}
+    assert {view.unsafe_buffer_pointer() for view in kept} == theirs
