@@ -231,6 +231,18 @@ def test_a_pattern_that_something_wrote_into_is_refused_by_whatever_reads_it(wri
 
 
 @each_layer
+def test_the_first_call_of_a_copy_may_be_under_transforms(make):
+    layer, x = make(0), torch.randn(2, make(0).in_features)
+    want = torch.func.jacrev(layer)(x)
+    torch.testing.assert_close(torch.func.jacrev(copy.deepcopy(layer))(x), want)
+    torch.testing.assert_close(torch.func.vmap(copy.deepcopy(layer))(x), layer(x))
+    blurred = copy.deepcopy(layer)  # and it is put back there
+    for t in blurred.buffers():
+        t.copy_((t.float() * 0.999999).to(t.dtype))
+    torch.testing.assert_close(torch.func.jacrev(blurred)(x), want)
+
+
+@each_layer
 def test_a_whole_pattern_is_taken_however_it_comes(make):
     source, x = make(1), torch.randn(2, make().in_features)
 

@@ -192,14 +192,14 @@ class Guard:
             if _readable((*index, buffers["sizes"])):
                 state = _state(index)  # before the numbers: what is written meanwhile is seen at the next call
                 if state[1:] != self._seen[1:] or any(a is not b for a, b in zip(index, self._seen[0], strict=True)):
-                    self._seen = self._examined(buffers, index, state)
+                    with unseen():  # by modes and transforms, whose tensors need have no numbers
+                        self._seen = self._examined(buffers, index, state)
                     self._loaded_ahead = False
         return index
 
     def _examined(self, buffers: Buffers, index: tuple[Tensor, ...], state: tuple) -> tuple:
         """The state of buffers that hold a whole pattern, in the end."""
-        with unseen():  # by modes, whose tensors need have no numbers
-            arrays, sizes = [t.cpu().numpy() for t in index], buffers["sizes"].cpu().numpy()
+        arrays, sizes = [t.cpu().numpy() for t in index], buffers["sizes"].cpu().numpy()
         floats = [f"{name} is {t.dtype}" for name, t in zip(NAMES, index, strict=True) if t.is_floating_point()]
         wrong = floats[0] if floats else fault(arrays, self.grid)
         if wrong is None and sizes.tolist() != list(self.sizes):

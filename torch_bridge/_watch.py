@@ -24,6 +24,7 @@ def _probe(name: str, otherwise: int) -> Callable[..., Any]:
 
 _transforms = _probe("_are_functorch_transforms_active", 1)
 _top_transform = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
+_disable_transforms = getattr(torch._C, "_DisableFuncTorch", contextlib.nullcontext)
 _tracer = _probe("_get_tracing_state", 1)
 _set_tracer = _probe("_set_tracing_state", 0)
 any_autocast = _probe("_is_any_autocast_enabled", 1)
@@ -68,9 +69,11 @@ def unseen_by_trace() -> Iterator[None]:
         _set_tracer(state)
 
 
-def unseen() -> contextlib.AbstractContextManager:
-    """Turns dispatch modes off, for what is no part of a computation."""
-    return _disable_current_modes()
+@contextlib.contextmanager
+def unseen() -> Iterator[None]:
+    """Turns dispatch modes and transforms off, for what is no part of a computation."""
+    with _disable_current_modes(), _disable_transforms():
+        yield
 
 
 def is_seen() -> bool:
