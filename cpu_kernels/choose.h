@@ -70,6 +70,12 @@ constexpr int kSumsInFlight = 8, kVectorsWithoutChains = 4;
 // Features that one task packs into tiles. An estimate.
 constexpr int64_t kFeaturesPerSlab = 64;
 
+// Features, whole vectors of them, that are packed for all rows of a tile before the next, which are fetched meanwhile.
+// All features for each vector of rows in turn, which writes a tile by single lines of the cache: packing 256 rows of
+// 2048 features alone took 0.25 ms instead of 0.17; 16 features at a time 0.21. A copy of them takes 0.15.
+constexpr int64_t kPackedAtOnce = 32;
+constexpr int kToSecondLevel = 2;  // of the caches, as __builtin_prefetch counts
+
 // Bytes of packed tiles at a time: what many cores share as their last cache.
 constexpr int64_t kRoundBytes = 16 << 20;
 
