@@ -23,10 +23,12 @@ class Step(NamedTuple):
     Attributes:
       name: its kind, and what it is about.
       build: what may run beside other steps: compiles, and gives what runs on the GPU alone.
+      seconds: more than what was built takes; after that, a kernel waits for ever.
     """
 
     name: str
     build: Callable[[], Callable[[], Result]]
+    seconds: float = 60
 
 
 class Program:
@@ -37,7 +39,8 @@ class Program:
 
     def compile(self) -> None:
         with self.within():
-            self.compiled = jax.jit(self.function).lower(*self.operands).compile()
+            lowered = jax.jit(self.function).lower(*self.operands)
+            self.results, self.compiled = lowered.out_info, lowered.compile()
 
     def __call__(self):
         """Starts one run."""
@@ -61,8 +64,8 @@ def compiled(programs: Mapping[str, Program]) -> tuple[dict[str, Any], dict[str,
 
 
 def beside(*command: str, seconds: float = 150) -> Callable[[], Result]:
-    """Runs a command now; it shares the GPU, so JAX must not take all memory there."""
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    """Runs a command now; it shares the GPU, so JAX must not take all memory there. Tests compile as users do."""
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
