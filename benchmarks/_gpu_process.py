@@ -33,6 +33,8 @@ def supervised(out: Path, seconds: float) -> int:
         now = json.loads(out.read_text())["tried"]
         if code in STOPPED or (code >= 0 and code != LOST) or len(now) == tried:
             return code if code >= 0 else 128 - code
+        if time.time() > until:
+            return OVER
         # One that was killed may have died of what it built beside the step: that step is tried once more.
         tried = _write_tried(out, now[:-1] if code < 0 and not careful else now)
         careful = ["--careful"] if code < 0 else []

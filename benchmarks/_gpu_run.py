@@ -63,14 +63,16 @@ def compiled(programs: Mapping[str, Program]) -> tuple[dict[str, Any], dict[str,
     return ready, notes
 
 
-def beside(*command: str, seconds: float = 150) -> Callable[[], Result]:
-    """Runs a command now; it shares the GPU, so JAX must not take all memory there. Tests compile as users do."""
+def beside(*command: str, seconds: float = 150, wanted: str = "") -> Callable[[], Result]:
+    """Runs a command now, which must print the wanted word; it shares the GPU, so JAX must not take all memory there.
+    Tests compile as users do."""
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return lambda: {"skipped": f"took longer than {seconds} s"}
-    return lambda: {("ok" if done.returncode == 0 else "error"): (done.stdout + done.stderr)[-3000:]}
+        return lambda: {"error": f"took longer than {seconds:g} s"}
+    said = (done.stdout + done.stderr)[-3000:]
+    return lambda: {"ok" if done.returncode == 0 and wanted in said else "error": said}
 
 
 def median_ms(runs: Mapping[str, Callable[[], object]], rounds: int = 9) -> dict[str, float]:

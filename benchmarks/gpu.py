@@ -171,7 +171,7 @@ def _results(todo: list[Step], args, run: dict) -> Iterator[tuple[int, int, Step
             ):  # none while others are timed
                 ahead.append(pool.submit(one.build))
             wait(ahead if timing else [ahead[0]], timeout=max(0, args.until - time.time()))
-            if time.time() > args.until:
+            if time.time() > args.until and len(run["tried"]) > 1:  # one step is made in any case
                 run["steps"] = {name: result for name, result in run["steps"].items() if name != step.name} | before
                 _write(Path(args.out), run)
                 yield number, len(todo), step, None

@@ -222,6 +222,15 @@ def test_nothing_is_built_while_others_are_timed(monkeypatch, tmp_path):
     assert timed == [2, 2, 4, 4, 5]
 
 
+def test_a_command_beside_the_steps_must_end_in_time_and_say_what_is_wanted(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks._gpu_run import beside
+
+    say = sys.executable, "-c", "print('3 passed')"
+    assert "3 passed" in beside(*say, wanted=" passed")()["ok"] and "error" in beside(*say, wanted="failed")()
+    assert "longer than 0.2 s" in beside(sys.executable, "-c", "import time; time.sleep(9)", seconds=0.2)()["error"]
+
+
 def test_results_are_written_over_memory_full_of_nan(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import _gpu_checks
