@@ -14,7 +14,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import processes
 import pytest
+from processes import run
 
 from jaxsparse import BlockPattern, spmm
 from pallas_kernels import mosaic
@@ -24,7 +26,6 @@ from pallas_kernels._lines import Index, lines_of
 HERE = Path(__file__).parent
 TOO_OLD = jax.__version_info__ < (0, 11, 2)
 COMPILER = os.environ.get("JAXSPARSE_GPU_COMPILER", "")  # see mosaic_compiled.py
-IDLE = 60  # seconds without any time of a processor, however busy others keep it: a kernel that waits for ever
 # Errors, but for that of a process that reads from JAX's cache what another one is writing there (see conftest.py): two
 # that begin together compile the same, and on a busy machine one of them has met half an entry.
 WARNINGS = "-W", "error", "-W", "ignore:Error reading persistent compilation cache entry:UserWarning"
@@ -120,27 +121,6 @@ def interpret(case: str, *products: str, packages: Path = HERE.parent) -> subpro
     return run(command, {"PYTHONPATH": str(packages)})
 
 
-def run(command, variables) -> subprocess.CompletedProcess:
-    """A process to its end, or until it has long done nothing."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process, spent, idle = subprocess.Popen(command, env={**os.environ, **variables}, **pipes), -1, 0
-    while idle < IDLE:
-        try:
-            said = process.communicate(timeout=1)
-            return subprocess.CompletedProcess(command, process.returncode, *said)
-        except subprocess.TimeoutExpired:
-            before, spent = spent, processor_time(process.pid)
-            idle = idle + 1 if spent == before else 0
-    process.kill()
-    return subprocess.CompletedProcess(command, 124, "", f"stopped, as it waited for ever: {process.communicate()[1]}")
-
-
-def processor_time(process: int) -> int:
-    """What a process has used until now, in clock ticks; nothing where the system does not say."""
-    file = Path(f"/proc/{process}/stat")
-    return sum(map(int, file.read_text().rpartition(")")[2].split()[11:13])) if file.exists() else 0
-
-
 def plant(bug: str, folder: Path) -> Path:
     """A folder with the packages, and the bug in them."""
     name, right, wrong, *_ = BUGS[bug]
@@ -185,10 +165,10 @@ def test_a_planted_bug_is_caught(bug, started):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this system doesn't say what a process has used")
 def test_what_waits_for_ever_is_stopped_and_what_works_is_not(monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "IDLE", 2)
+    monkeypatch.setattr(processes, "IDLE", 2)
     waiting = run([sys.executable, "-c", "import time; time.sleep(1000)"], {})
     assert waiting.returncode == 124 and "waited for ever" in waiting.stderr
-    monkeypatch.setattr(sys.modules[__name__], "IDLE", 20)  # on a busy machine it may not come to its turn for a while
+    monkeypatch.setattr(processes, "IDLE", 20)  # on a busy machine it may not come to its turn for a while
     working = run([sys.executable, "-c", "import time\nwhile time.process_time() < 4: pass\nprint('done')"], {})
     assert (working.returncode, working.stdout) == (0, "done\n")
 
