@@ -34,13 +34,12 @@ COUNTERS = (
 def timings(dry_run: bool, cells: Iterable[_gpu_cells.Cell], steps: Mapping[str, Result]) -> Iterator[Step]:
     for cell in cells:
         backends, lost = backends_here(dry_run, cell.dtype, cell.block), _gpu_lost.left_out(cell.family, steps)
-        timed = [backend for backend in backends if backend not in lost]
-        yield Step(f"time {cell.name}", functools.partial(_time, cell, timed, again=timed != backends), seconds=30)
+        sides = [[name for name in backends if (name in lost) is out] for out in (False, True)]
+        yield Step(f"time {cell.name}", functools.partial(_time, cell, *sides), seconds=30)
 
 
-def _time(cell: _gpu_cells.Cell, backends: list[str], again: bool) -> Callable[[], Result]:
-    """Milliseconds that each contender takes for a layer, why others don't run, and what an H100 allows at best; and
-    whether to time the cell again, once all back ends can be."""
+def _time(cell: _gpu_cells.Cell, backends: list[str], left_out: list[str]) -> Callable[[], Result]:
+    """Milliseconds that each contender takes for a layer, why others don't run, and what an H100 allows at best."""
     ready, notes = compiled(_gpu_cells.contenders(cell, backends))
     try:
         ready |= _gpu_torch.contenders(cell)
@@ -59,7 +58,7 @@ def _time(cell: _gpu_cells.Cell, backends: list[str], again: bool) -> Callable[[
                 del ready[name]
         ms = {name: ms / cell.layers for name, ms in median_ms(ready).items()}
         result = {"ms": ms, "notes": notes, "predicted_limit_ms": _gpu_limits.predicted_ms(cell)}
-        return result | ({"again": True} if again else {})
+        return result | ({"left out": left_out} if left_out else {})
 
     return run
 

@@ -112,15 +112,30 @@ def _note(run: dict, step: Step, result: Result, args) -> None:
 
 
 def _stages(call: int, args, run: dict) -> Iterator[list[Step]]:
-    """The steps of a call that are not done, or failed before; tuning comes before what is compiled by its results."""
-    later = {2: lambda: _second(args.dry_run, run["steps"]), 3: lambda: _third(args.dry_run, run["steps"])}
-    for tuning in (True, False):
-        steps = _first(args.dry_run, run["steps"]) if call == 1 else later[call]()
-        wanted = [step for step in steps if (step.name.split()[0] == "tune") is tuning]
+    """The steps of a call that are to be made, each stage by what the one before found: tuning comes before what is
+    compiled by it, and checks before what is timed where they were right."""
+    steps = run["steps"]
+    of_call = {1: _first, 2: _second, 3: _third}[call]
+    for stage in range(3):
+        wanted = [step for step in of_call(args.dry_run, steps) if _stage_of(step.name) == stage]
         wanted = [step for step in wanted if args.only in (None, step.name.split()[0])]
-        again = {name for name, result in run["steps"].items() if _failed(result) or result.get("again")}
-        again -= set(run["tried"])
-        yield [step for step in wanted if step.name not in run["steps"] or step.name in again]
+        yield [step for step in wanted if step.name not in run["tried"] and _is_due(step.name, steps)]
+
+
+def _stage_of(name: str) -> int:
+    return 0 if name.startswith("tune ") else 2 if _is_timed(name) or name.startswith("counters ") else 1
+
+
+def _is_timed(name: str) -> bool:
+    return name.startswith(("time ", "tune ", "torch overhead"))
+
+
+def _is_due(name: str, steps: dict[str, Result]) -> bool:
+    """Whether a step was not made, or failed, or would give more now."""
+    if name not in steps or _failed(steps[name]) or "again" in steps[name]:
+        return True
+    missing = set(steps[name].get("left out", ()))
+    return bool(missing) and not missing <= _gpu_lost.left_out(name.split()[1], steps)
 
 
 def _first(dry_run: bool, steps: dict[str, Result]) -> Iterator[Step]:
@@ -163,7 +178,7 @@ def _results(todo: list[Step], args, run: dict) -> Iterator[tuple[int, int, Step
         ahead: collections.deque[Future] = collections.deque()
         waiting = iter(todo)
         for number, step in enumerate(todo, 1):
-            before, timing = _begin(run, step, Path(args.out)), step.name.split()[0] in ("time", "tune")
+            before, timing = _begin(run, step, Path(args.out)), _is_timed(step.name)
             # Where a process died, what it was building may have been the reason: that is built one by one.
             most = 1 if args.careful and number <= AHEAD else AHEAD
             for one in itertools.islice(

@@ -187,7 +187,7 @@ def test_a_step_that_hangs_or_takes_the_gpu_or_the_process_with_it_costs_itself_
 
 def test_kernels_that_ended_their_process_are_left_out_of_what_comes(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import _gpu_lost
+    from benchmarks import _gpu_lost, gpu
 
     lost = {"error": f"{_gpu_lost.ENDED}: no end after 20 s"}
     first = "check mosaic block 32 sharing x float16 batch 1000"
@@ -202,6 +202,9 @@ def test_kernels_that_ended_their_process_are_left_out_of_what_comes(monkeypatch
     assert "3 kinds" in str(_gpu_lost.why_not_check("check mosaic block 16 block-diagonal bfloat16 batch 1", steps))
     steps["time unstructured 1x4096x4096"] = {"error": f"{_gpu_lost.ENDED}: no end after 30 s of ours (triton)"}
     assert _gpu_lost.left_out("unstructured", steps) == {"triton"}
+    steps["time blocks"] = {"ms": {}, "left out": ["mosaic"]}
+    assert not gpu._is_due("time blocks", steps)
+    assert gpu._is_due("time blocks", {"time blocks": steps["time blocks"]})  # what kept mosaic out was mended
 
 
 def test_nothing_is_built_while_others_are_timed(monkeypatch, tmp_path):
@@ -229,6 +232,25 @@ def test_a_command_beside_the_steps_must_end_in_time_and_say_what_is_wanted(monk
     say = sys.executable, "-c", "print('3 passed')"
     assert "3 passed" in beside(*say, wanted=" passed")()["ok"] and "error" in beside(*say, wanted="failed")()
     assert "longer than 0.2 s" in beside(sys.executable, "-c", "import time; time.sleep(9)", seconds=0.2)()["error"]
+
+
+def test_the_report_has_all_that_was_found(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import _gpu_report
+
+    cell = "blocks 8192x4096x4096 block 64 density 0.25 bfloat16"
+    ms = {"ours (mosaic)": 0.1, "ours (triton)": 0.3, "ours (xla)": 0.4, "ours (chosen)": 0.4, "dense": 0.35}
+    steps = {
+        f"time {cell} forward": {"ms": ms, "predicted_limit_ms": {"ours": 0.08, "dense": 0.278}},
+        "tune gather 64x64 density 1/4 batch 8192": {"ms": {"first": 0.2, "second": 0.1}, "best": "second"},
+        "torch tests": {"ok": "...\n15 passed in 60 s\n"},
+        "counters mosaic": {"ok": "kernel,metric\njsgather,90\nother,1"},
+        "sanitize racecheck": {"error": "a race"},
+    }
+    said = _gpu_report.tables({"machine": {"gpu": "GPU"}, "steps": steps})
+    assert f"| {cell} forward | 80 | 100 | 80% | 69% | ours (mosaic) | 4.00 | 3.50 |" in said.splitlines()
+    for line in ("second, 2.00x the first", "15 passed", "kernel,metric", "sanitize racecheck: a race"):
+        assert line in said
 
 
 def test_results_are_written_over_memory_full_of_nan(monkeypatch):

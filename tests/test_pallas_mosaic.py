@@ -102,6 +102,8 @@ BUGS = {
     ),
     "another part of a block": ("union.py", "column % parts", "0", "lines together, in parts", "dx"),
 }
+# A race, a wrong number, or a barrier that fewer have waited for than should: which of them, timing decides.
+CAUGHT = "RACE DETECTED", "AssertionError", "had only observed barrier up to phase"
 # An editable install of the packages would come before the folder that holds the planted bug.
 NOT_EDITABLE = """
 import sys
@@ -160,7 +162,7 @@ def test_interpreted_kernels_match_the_dense_product_without_a_race(case, starte
 def test_a_planted_bug_is_caught(bug, started):
     done = started[bug].result()
     assert done.returncode != 0
-    assert "RACE DETECTED" in done.stderr or "AssertionError" in done.stderr, done.stderr[-3000:]
+    assert any(words in done.stderr for words in CAUGHT), done.stderr[-3000:]
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this system doesn't say what a process has used")
