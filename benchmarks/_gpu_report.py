@@ -24,6 +24,11 @@ def tables(run: Mapping[str, Any]) -> str:
     rows = [row for cell in _gpu_cells.grid(bool(run.get("dry_run"))) for row in _row(cell, steps)]
     lines += ["", head, "| --- |" + " --- |" * 7, *rows, ""]
     failed = [f"- {name}: {result['error'][:200]}" for name, result in steps.items() if "error" in result]
+    failed += [
+        f"- {name}, {contender}: {note[:200]}"
+        for name, result in steps.items()
+        for contender, note in result.get("notes", {}).items()
+    ]
     skipped = [f"- {name}: {result['skipped']}" for name, result in steps.items() if "skipped" in result]
     for title, found in (("Tuned", _tuned(steps)), ("Beside", _said(steps)), ("Failed", failed), ("Not run", skipped)):
         lines += [f"{title}:", *found, ""] if found else []

@@ -6,15 +6,16 @@ Needs no install and no network: JAX, Flax, Optax and NumPy on Python 3.12 are e
   sanitize  runs the small ones under compute-sanitizer, where that is installed, and torch_bridge's tests for GPUs
             (`torch tests`), where torch and pytest are: beside the checks;
   time      times the cells that decide what `backend=None` takes, against dense, XLA's own products and PyTorch's
-            block-sparse ones; who won goes to jaxsparse/measured.json, by which `backend=None` chooses from then on.
+            block-sparse ones; what differs from XLA's result is left out; who won goes to jaxsparse/measured.json, by
+            which `backend=None` chooses from then on.
 The second
   tune      times the configurations worth trying and writes Mosaic's best to pallas_kernels/mosaic/measured.json; what
             got another one is timed anew;
   time      times a wider grid;
   counters  has the profiler, ncu, count what limits the two kernels that are slowest beside what was predicted.
 A third, of no set length, times the rest of the grid. Expected on an H100 with 16 cores:
-  call 1  334 s: 616 programs, 77 s to compile them on all cores; 226 s to run;
-  call 2  290 s: 650 programs, 51 s to compile them on all cores; 209 s to run, where all that was tuned is timed anew.
+  call 1  334 s: 669 programs, 78 s to compile them on all cores; 226 s to run;
+  call 2  291 s: 714 programs, 52 s to compile them on all cores; 209 s to run, where all that was tuned is timed anew.
 Compiling was measured with XLA's compiler for GPUs and no GPU (_gpu_costs.py), so without XLA's own tuning of products,
 which needs one; running goes by the predicted limits and by allowances (_gpu_budget.py). Neither was timed on a GPU.
 No step begins after --minutes.

@@ -166,6 +166,20 @@ gpu.main()
 """
 
 
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="benchmarks/gpu.py is for machines with Python 3.12")
+def test_what_is_off_is_not_timed(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import _gpu_cells, _gpu_timings
+    from pallas_kernels import interpret
+
+    spmm = interpret.spmm
+    monkeypatch.setattr(interpret, "spmm", lambda *a, **how: spmm(*a, **how).at[0, 0].set(jnp.nan))
+    cell = _gpu_cells.Cell("blocks", 4, (32, 32), (16, 16), 0.5, "forward", "float32")
+    result = _gpu_timings._time(cell, ["interpret"], [])()
+    assert result["notes"] == {"ours (interpret)": "AssertionError: off by nan of the largest number"}
+    assert result["ms"].keys() == {"ours (xla)", "ours (chosen)", "dense"}
+
+
 @pytest.mark.slow  # processes
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="benchmarks/gpu.py is for machines with Python 3.12")
 def test_a_step_that_hangs_or_takes_the_gpu_or_the_process_with_it_costs_itself_alone(tmp_path):

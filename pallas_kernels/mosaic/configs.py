@@ -136,7 +136,7 @@ def for_sample(
     return _of_kind(measured, list(candidates_for_sample(m, i, o, nnzb, rows, columns)))
 
 
-def _of_kind(measured, candidates):
+def _of_kind(measured: Any, candidates: list[Any]) -> Any:
     """What was measured, unless its kernel isn't worth trying here, as on matrices with too little work for it."""
     return measured if type(measured) in {type(candidate) for candidate in candidates} else candidates[0]
 
