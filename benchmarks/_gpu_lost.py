@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 ENDED = "the process ended in this step"  # what a step that did so has as its result begins with this
+RUNNING = "while it ran"  # and not while it was built
 MOST = 3  # kinds of checks of a back end that may do so, before no other of it is made
 _CHECK = re.compile(r"check (\w+) block \d+ (.+) \w+ batch \d+")  # back end and kind
 _FAMILIES = {

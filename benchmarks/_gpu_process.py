@@ -19,6 +19,8 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from benchmarks import _gpu_lost
+
 OVER, LOST = 3, 4  # exit codes: the minutes are over; the GPU is lost to the process
 STOPPED = (-signal.SIGINT, -signal.SIGTERM, 128 + signal.SIGINT)
 
@@ -30,14 +32,16 @@ def supervised(out: Path, seconds: float) -> int:
     while True:
         command = [sys.executable, *sys.argv, "--until", str(until), *careful]
         code = _ended(subprocess.Popen(command, process_group=0))
-        now = json.loads(out.read_text())["tried"]
+        run = json.loads(out.read_text())
+        now = run["tried"]
         if code in STOPPED or (code >= 0 and code != LOST) or len(now) == tried:
             return code if code >= 0 else 128 - code
         if time.time() > until:
             return OVER
         # One that was killed may have died of what it built beside the step: that step is tried once more.
-        tried = _write_tried(out, now[:-1] if code < 0 and not careful else now)
-        careful = ["--careful"] if code < 0 else []
+        unclear = code < 0 and _gpu_lost.RUNNING not in run["steps"].get(now[-1], {}).get("error", "")
+        tried = _write_tried(out, now[:-1] if unclear and not careful else now)
+        careful = ["--careful"] if unclear else []
 
 
 def _write_tried(out: Path, names: list[str]) -> int:
@@ -65,20 +69,24 @@ def given() -> list[str]:
 
 
 class _Doing:
-    """What a step does just now."""
+    """What a step does just now, and how that is noted."""
 
     words = ""
+    note: Callable[[str], None] = lambda words: None
 
 
 def doing(words: str) -> None:
+    """Notes what a step does, as a process that dies in it can't say so."""
     _Doing.words = words
+    _Doing.note(f"{_gpu_lost.RUNNING} {words}".rstrip())
 
 
 @contextlib.contextmanager
 def ended_after(seconds: float, note: Callable[[str], None] = lambda words: None) -> Iterator[None]:
     """Ends the process if what runs inside takes longer, as nothing else stops a kernel that waits for ever; what is
     noted before says what that was."""
-    doing("")
+    before = _Doing.words, _Doing.note
+    _Doing.words, _Doing.note = "", note
     timer = threading.Timer(seconds, _give_up, (seconds, note))
     timer.daemon = True
     timer.start()
@@ -86,6 +94,7 @@ def ended_after(seconds: float, note: Callable[[str], None] = lambda words: None
         yield
     finally:
         timer.cancel()
+        _Doing.words, _Doing.note = before
 
 
 def _give_up(seconds: float, note: Callable[[str], None]) -> None:

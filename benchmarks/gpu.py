@@ -212,7 +212,7 @@ def _begin(run: dict, step: Step, out: Path) -> dict[str, Result]:
 
 
 def _end(run: dict, step: Step, out: Path, words: str) -> None:
-    """Notes what takes no end."""
+    """Notes what becomes the result if the process ends."""
     run["steps"][step.name] = {"error": f"{_gpu_lost.ENDED}: {words}"}
     _write(out, run)
 
@@ -231,7 +231,9 @@ def _too_long() -> list[str]:
 
 def _result(built: Future) -> Result:
     try:
-        return built.result()()
+        run = built.result()
+        _gpu_process.doing("")
+        return run()
     except Exception as wrong:
         return {"error": said(wrong)}
 

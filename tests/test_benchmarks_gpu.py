@@ -145,6 +145,10 @@ from benchmarks._gpu_run import Step
 def killed():
     os.kill(os.getpid(), signal.SIGKILL)
 
+def killed_in_a_kernel():
+    _gpu_process.doing("ours (triton)")
+    killed()
+
 def without_a_gpu():
     _gpu_process.answers = lambda: False
     raise RuntimeError("an illegal memory access")
@@ -157,7 +161,7 @@ gpu._first = lambda dry_run, steps: [
     *(Step(f"right {{n}}", right) for n in range(3)),
     Step("killed while it is built", killed),
     Step("last", right),
-    Step("check triton block 1 int32 float32 batch 1", lambda: killed, seconds=0.1),
+    Step("check triton block 1 int32 float32 batch 1", lambda: killed_in_a_kernel),
     Step("check triton block 1 int32 float32 batch 100", right),
     Step("check triton block 1 uint16 float32 batch 1", right),
 ]
@@ -196,6 +200,7 @@ def test_a_step_that_hangs_or_takes_the_gpu_or_the_process_with_it_costs_itself_
     assert failed == {"endless", "without a GPU", "killed while it is built"} | like, done.stdout + done.stderr
     rights = {"right", "right 0", "right 1", "right 2", "last"}
     assert steps.keys() - failed == rights | {f"{check} uint16 float32 batch 1"}
+    assert steps[f"{check} int32 float32 batch 1"]["error"].endswith("while it ran ours (triton)")
     assert done.returncode == 1 and "no end after" in done.stdout and "does not answer" in done.stdout
 
 
