@@ -20,6 +20,7 @@ START = 30.0  # imports, the first program, what is moved to the machine: an all
 KERNELS = {"forward": 1, "dX": 1, "dW": 1, "step": 3}
 SECONDS = {"mosaic": 1.3, "triton": 0.5, "other": 0.6}  # of processor time to compile one product of a program
 CHECK = 5  # products of a check: y with gelu and without, and the gradients
+SMALL = 0.2  # seconds of processor time of a small program: that fills memory with NaN, or compares two results
 ORACLE = 1.1  # seconds of processor time of what a check is compared with, all of it beside other steps
 COMPARE = 0.2  # seconds of the comparison
 ROUND = 0.02 * 10  # seconds of a contender: nine rounds and the runs before them
@@ -57,16 +58,16 @@ def _of_cell(cell: _gpu_cells.Cell) -> Cost:
     torch = {"blocks": 1, "block-diagonal": 3, "unstructured": 0}[cell.family]
     slowest = 1e-3 * max(_gpu_limits.predicted_ms(cell).values()) * cell.layers
     contenders = len(ours) + len(twice) + others
-    return Cost(contenders, seconds * KERNELS[cell.mode], (contenders + torch) * max(ROUND, 12 * slowest))
+    return Cost(contenders + 1, seconds * KERNELS[cell.mode] + SMALL, (contenders + torch) * max(ROUND, 12 * slowest))
 
 
 def _of_other(name: str) -> Cost:
     kind, *words = name.split()
     if kind == "check":
-        return Cost(1, CHECK * SECONDS[words[0]] + ORACLE, COMPARE)
+        return Cost(2, CHECK * SECONDS[words[0]] + SMALL + ORACLE, COMPARE)
     if kind == "tune":
         entries = words[0] == "entries"
-        programs = 4 if entries else 8
+        programs = 4 if entries else 9
         return Cost(programs, programs * SECONDS["triton" if entries else "mosaic"], programs * ROUND)
     running = {"counters": COUNTERS, "sanitize": BESIDE / 3, "torch": BESIDE / 3}  # the three run side by side
     return Cost(2, 2 * SECONDS["other"], running.get(kind, 2 * ROUND))

@@ -23,10 +23,12 @@ class Step(NamedTuple):
     Attributes:
       name: its kind, and what it is about.
       build: what may run beside other steps: compiles, and gives what runs on the GPU alone.
+      seconds: more than what was built takes; after that, a kernel waits for ever.
     """
 
     name: str
     build: Callable[[], Callable[[], Result]]
+    seconds: float = 60
 
 
 class Program:
@@ -37,7 +39,8 @@ class Program:
 
     def compile(self) -> None:
         with self.within():
-            self.compiled = jax.jit(self.function).lower(*self.operands).compile()
+            lowered = jax.jit(self.function).lower(*self.operands)
+            self.results, self.compiled = lowered.out_info, lowered.compile()
 
     def __call__(self):
         """Starts one run."""
@@ -60,14 +63,16 @@ def compiled(programs: Mapping[str, Program]) -> tuple[dict[str, Any], dict[str,
     return ready, notes
 
 
-def beside(*command: str, seconds: float = 150) -> Callable[[], Result]:
-    """Runs a command now; it shares the GPU, so JAX must not take all memory there."""
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+def beside(*command: str, seconds: float = 150, wanted: str = "") -> Callable[[], Result]:
+    """Runs a command now, which must print the wanted word; it shares the GPU, so JAX must not take all memory there.
+    Tests compile as users do."""
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return lambda: {"skipped": f"took longer than {seconds} s"}
-    return lambda: {("ok" if done.returncode == 0 else "error"): (done.stdout + done.stderr)[-3000:]}
+        return lambda: {"error": f"took longer than {seconds:g} s"}
+    said = (done.stdout + done.stderr)[-3000:]
+    return lambda: {"ok" if done.returncode == 0 and wanted in said else "error": said}
 
 
 def median_ms(runs: Mapping[str, Callable[[], object]], rounds: int = 9) -> dict[str, float]:

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxsparse.costs.machine import CHOOSE_ISA
+
 ROUNDS = (7, 15)  # at least, at most
 PAUSE = 0.003  # between turns: idle threads of torch (OpenMP) and of XLA spin for less than that, then sleep
 TURN = 0.03  # a turn repeats short calls for about this long, as training does
@@ -179,6 +181,7 @@ def machine(packages: Sequence[str]) -> dict:
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
+        "environment": {name: os.environ[name] for name in CHOOSE_ISA if name in os.environ},
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "load_before": os.getloadavg(),

@@ -3,7 +3,9 @@
 A back end: plain 2-D arrays in and out, sums in float32 (float64 for float64), one rounding to
 the dtype of `x` after bias and activation. `index` is any object with the int32 arrays of a
 block pattern: `col_ptr`, `row_index` by block column, and `row_ptr`, `col_index`, `order` by
-block row, where `order` says at which place of `blocks` an entry's values are.
+block row, where `order` says at which place of `blocks` an entry's values are. `row_index` and
+`col_index` may be uint16: single entries times one row read `row_index` as it is, all else widens
+them in the program.
 `precision` is taken for the contract's sake: the sums never run in less than float32.
 
 JAX is imported where it is used: the same kernels run without it (`cpu_kernels.direct`).
@@ -59,9 +61,11 @@ def spmm(
     """Multiplies x [m, in] by W to [m, out], or, transposed, x [m, out] by W^T to [m, in]."""
     del precision
     if transposed:
-        lines = index.row_ptr, index.col_index, index.order
-    else:
+        lines = index.row_ptr, _widened(index.col_index), index.order
+    elif x.shape[0] == 1 and tuple(block) == (1, 1):
         lines = index.col_ptr, index.row_index, _nothing(np.int32)
+    else:
+        lines = index.col_ptr, _widened(index.row_index), _nothing(np.int32)
     return _call("spmm", (x.shape[0], shape[0 if transposed else 1]), x.dtype)(
         x,
         blocks,
@@ -79,7 +83,8 @@ def sddmm(x, dy, index, *, shape: tuple[int, int], block: tuple[int, int], preci
     del precision
     nnzb = index.row_index.shape[0]
     values = (nnzb,) if tuple(block) == (1, 1) else (nnzb, *block)
-    return _call("sddmm", values, x.dtype)(x, dy, index.col_ptr, index.row_index, **_sizes(shape), **_block(block))
+    lines = index.col_ptr, _widened(index.row_index)
+    return _call("sddmm", values, x.dtype)(x, dy, *lines, **_sizes(shape), **_block(block))
 
 
 def spmm_grads(x, dy, blocks, index, *, shape: tuple[int, int], block: tuple[int, int], precision=None):
@@ -88,7 +93,8 @@ def spmm_grads(x, dy, blocks, index, *, shape: tuple[int, int], block: tuple[int
     if reason := why_not("spmm_grads", x.dtype, block, "cpu"):
         raise NotImplementedError(reason)
     results = _result(x.shape, x.dtype), _result(blocks.shape, x.dtype)
-    return _ffi_call("spmm_grads", results)(x, dy, blocks, index.row_ptr, index.col_index, index.order, **_sizes(shape))
+    lines = index.row_ptr, _widened(index.col_index), index.order
+    return _ffi_call("spmm_grads", results)(x, dy, blocks, *lines, **_sizes(shape))
 
 
 def block_diag_matmul(x, blocks, bias=None, *, transposed: bool = False, activation: str | None = None, precision=None):
@@ -153,6 +159,10 @@ def _result(shape, dtype):
     import jax
 
     return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _widened(index):
+    return index.astype(np.int32) if index.dtype == np.uint16 else index
 
 
 def _bias(bias, x):

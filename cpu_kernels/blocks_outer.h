@@ -37,9 +37,11 @@ struct Strips {
         for (int64_t j = 0; j < block; j += stride, strip += m * stride) {
           const int64_t valid = least(least(stride, block - j), width - begin - j);
           for (int64_t r = 0; r < rows; ++r)
-            for (int64_t f = 0; f < stride; f += L)
+            for (int64_t f = 0; f < stride; f += L) {
+              __builtin_prefetch(strip + (m + r) * stride + f, 1, kToSecondLevel);
               store<L>(strip + r * stride + f,
                        load_some<L>(x + (b + r) * width + begin + j + f, valid - f));
+            }
         }
     }
   }

@@ -4,7 +4,10 @@
 namespace jaxsparse_cpu {
 namespace {
 
-Index index_of(Indices& ptr, Indices& index, Indices& order) { return {buffer(ptr), buffer(index), buffer(order)}; }
+template <class I>
+Index index_of(Indices& ptr, I& index, Indices& order) {
+  return {buffer(ptr), buffer(index), buffer(order)};
+}
 
 // An index whose entries lie in the order of the lines.
 Index index_of(Indices& ptr, Indices& index) {
@@ -12,7 +15,7 @@ Index index_of(Indices& ptr, Indices& index) {
   return {buffer(ptr), buffer(index), {Type::i32, 1, &none, nullptr}};
 }
 
-ffi::Error Spmm(ffi::ThreadPool threads, Array x, Array values, Indices ptr, Indices index, Indices order, Array bias,
+ffi::Error Spmm(ffi::ThreadPool threads, Array x, Array values, Indices ptr, Array index, Indices order, Array bias,
                 Result y, int64_t in, int64_t out, int64_t block_in, int64_t block_out, bool transposed,
                 int64_t activation) {
   return result("spmm", call_spmm(buffer(x), buffer(values), index_of(ptr, index, order), buffer(bias), buffer(*y),
@@ -53,7 +56,7 @@ HANDLER(jaxsparse_cpu_spmm, Spmm,
             .Arg<ffi::AnyBuffer>()
             .Arg<ffi::AnyBuffer>()
             .Arg<Indices>()
-            .Arg<Indices>()
+            .Arg<ffi::AnyBuffer>()
             .Arg<Indices>()
             .Arg<ffi::AnyBuffer>()
             .Ret<ffi::AnyBuffer>()

@@ -36,6 +36,7 @@ inline Type type_of(ffi::DataType type) {
     case ffi::BF16: return Type::bf16;
     case ffi::F16: return Type::f16;
     case ffi::S32: return Type::i32;
+    case ffi::U16: return Type::u16;
     default: return Type::other;
   }
 }

@@ -38,14 +38,17 @@ int64_t skip_below(const Lines& lines, int64_t k, int64_t end, int32_t limit) {
 }
 
 // starts[s * lines.lines + n]: the entry with which slice s begins in line n, for n in [first, last).
-// The row after the last slice holds the ends of the lines.
-void find_starts(const Lines& lines, const Slices& slices, int64_t first, int64_t last, int32_t* starts) {
+// The row after the last slice holds the ends of the lines. Slices take whole groups of `group` entries of a line: on
+// which side of a border an entry is read makes no difference but to the cache.
+void find_starts(const Lines& lines, const Slices& slices, int64_t first, int64_t last, int64_t group,
+                 int32_t* starts) {
   for (int64_t n = first; n < last; ++n) {
-    int64_t k = lines.ptr[n];
-    const int64_t end = lines.ptr[n + 1];
+    const int64_t begin = lines.ptr[n], end = lines.ptr[n + 1];
+    int64_t k = begin;
     for (int64_t s = 0; s < slices.count; ++s) {
       if (s > 0) k = skip_below(lines, k, end, static_cast<int32_t>(s * slices.features));
-      starts[s * lines.lines + n] = static_cast<int32_t>(k);
+      const int64_t whole = begin + (k - begin + group / 2) / group * group;
+      starts[s * lines.lines + n] = static_cast<int32_t>(least(end, whole));
     }
     starts[slices.count * lines.lines + n] = static_cast<int32_t>(end);
   }

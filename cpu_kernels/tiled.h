@@ -39,7 +39,7 @@ bool tiled_spmm(const Product& p, const Pool& pool) {
   // Whether the indices of these lines are in range; single entries are then cut into slices.
   const auto prepare = [&](int64_t first, int64_t last) {
     if (!in_range(lines, first, last)) return false;
-    if (!kBlocks) find_starts(lines, slices, first, last, starts);
+    if (!kBlocks) find_starts(lines, slices, first, last, 1, starts);
     if (copied)
       for (int64_t k = lines.ptr[first]; k < lines.ptr[last]; ++k) ordered[k] = stored[lines.order[k]];
     return true;
@@ -63,17 +63,15 @@ bool tiled_spmm(const Product& p, const Pool& pool) {
     if (late && !prepare(first, last)) return wrong.raise();
     A* sum = reinterpret_cast<A*>(sums.data() + own * worker);
     batch.visit(round.first + task / parts, [&](auto tile, int64_t row) {
-      constexpr int L = tile.L, NV = tile.NV, T = tile.T;
+      constexpr int L = tile.L, NV = tile.NV;
       const Part<S> part{p, first, last, packed_at(row), sum};
       if constexpr (kBlocks)
         (p.transposed ? add_blocks<L, NV, S, true> : add_blocks<L, NV, S, false>)(part);
       else
         (lines.order && !copied ? add_part<L, NV, S, true> : add_part<L, NV, S, false>)(part, values, slices, starts);
       const int64_t end = least(last * p.width, p.out);
-      for (int64_t c = first * p.width; c < end; c += L)
-        unpack_tile<L, NV>(sum + (c - first * p.width) * T, row, p.m, p.out, c,
-                           least<int64_t>(L, end - c), static_cast<const S*>(p.bias), p.activation,
-                           static_cast<S*>(p.y));
+      unpack_tile<L, NV>(sum, row, p.m, p.out, first * p.width, end, static_cast<const S*>(p.bias), p.activation,
+                         static_cast<S*>(p.y));
     });
   };
   batch.in_rounds(step, [&](const Round& next) {

@@ -94,41 +94,56 @@ int64_t slab_begin(int64_t width, int64_t s, int64_t slabs) {
 template <int L, int NV, class S>
 void pack_tile(const S* x, int64_t m, int64_t width, int64_t row, int64_t first, int64_t last,
                Sum<S>* tile) {
-  using A = Sum<S>;
   constexpr int T = NV * L;
-  for (int v = 0; v < NV; ++v) {
-    const int64_t rows = most<int64_t>(0, least<int64_t>(L, m - row - v * L));
-    const S* from = x + (row + v * L) * width;
-    for (int64_t f = first; f < last; f += L) {
-      const int64_t count = least<int64_t>(L, last - f);
-      Vector<A, L> r[L];
+  // A few features at a time for all rows, so that whole runs of the tile are written.
+  for (int64_t begin = first; begin < last; begin += kPackedAtOnce) {
+    const int64_t end = least(begin + kPackedAtOnce, last);
+    for (int v = 0; v < NV; ++v) {
+      const int64_t rows = most<int64_t>(0, least<int64_t>(L, m - row - v * L));
+      const S* from = x + (row + v * L) * width;
+      for (int64_t f = begin; f < end; f += L) {
+        const int64_t count = least<int64_t>(L, end - f);
+        Vector<Sum<S>, L> r[L];
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i)
-        r[i] = i < rows ? load_some<L>(from + i * width + f, count) : Vector<A, L>{};
-      transpose<L>(r);
-      for (int i = 0; i < count; ++i) store<L>(tile + (f + i) * T + v * L, r[i]);
+        for (int i = 0; i < L; ++i) {
+          __builtin_prefetch(from + i * width + f + kPackedAtOnce, 0, kToSecondLevel);
+          r[i] = i < rows ? load_some<L>(from + i * width + f, count) : Vector<Sum<S>, L>{};
+        }
+        transpose<L>(r);
+        for (int i = 0; i < count; ++i) {
+          __builtin_prefetch(tile + (f + i + kPackedAtOnce) * T + v * L, 1, kToSecondLevel);
+          store<L>(tile + (f + i) * T + v * L, r[i]);
+        }
+      }
     }
   }
 }
 
-// y[row + b][first + i] = activation(tile[i][b] + bias[first + i]) for i < count <= L.
+// y[row + b][first + i] = activation(tile[i][b] + bias[first + i]) for i < last - first.
 template <int L, int NV, class S>
 void unpack_tile(const Sum<S>* tile, int64_t row, int64_t m, int64_t width, int64_t first,
-                 int64_t count, const S* bias, Activation activation, S* y) {
-  using A = Sum<S>;
+                 int64_t last, const S* bias, Activation activation, S* y) {
   constexpr int T = NV * L;
-  for (int v = 0; v < NV && row + v * L < m; ++v) {
-    Vector<A, L> r[L];
+  for (int64_t f = first; f < last; f += L, tile += L * T) {
+    const int64_t count = least<int64_t>(L, last - f);
+    for (int v = 0; v < NV && row + v * L < m; ++v) {
+      S* to = y + (row + v * L) * width + f;
+      const int64_t rows = least<int64_t>(L, m - row - v * L);
+      Vector<Sum<S>, L> r[L];
 #pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) {
-      r[i] = i < count ? load<L>(tile + i * T + v * L) : Vector<A, L>{};
-      if (bias && i < count) r[i] += widen(bias[first + i]);
-      if (activation != Activation::none) r[i] = activate<A, L>(r[i], activation);
+      for (int i = 0; i < L; ++i) r[i] = i < count ? load<L>(tile + i * T + v * L) : Vector<Sum<S>, L>{};
+      if (bias)
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) r[i] += i < count ? widen(bias[f + i]) : 0;
+      if (activation != Activation::none)
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) r[i] = activate<Sum<S>, L>(r[i], activation);
+      transpose<L>(r);
+      for (int b = 0; b < rows; ++b) {
+        __builtin_prefetch(to + b * width + L, 1, kToSecondLevel);
+        store_some<L>(to + b * width, r[b], count);
+      }
     }
-    transpose<L>(r);
-    S* to = y + (row + v * L) * width + first;
-    const int64_t rows = least<int64_t>(L, m - row - v * L);
-    for (int b = 0; b < rows; ++b) store_some<L>(to + b * width, r[b], count);
   }
 }
 

@@ -10,6 +10,7 @@ namespace {
 //   dots[k] += <own[n], other[index[k]]>    and, if kBoth,    sum[n] += values[k] * other[...]
 // `gathered` and `dots` lie in the order of the lines, so that only the first tile reads values
 // through `order`, and only the last one writes dvalues through it: both jump about in memory.
+// The values of a line are gathered while the one before is multiplied.
 template <class S>
 struct Pass {
   const Sum<S>*own, *other;  // tiles
@@ -48,10 +49,10 @@ ALWAYS_INLINE auto sums_of(const Meet& meet, int first) {
   }
 }
 
-// Entries [k, end) of line n, L at a time, whose dots are summed across lanes together.
+// Entries [k, end) of line n, L at a time, whose dots are summed across lanes together; fresh: the line's first ones.
 template <int L, int NV, bool kBoth, class S>
 void pass_line(const Lines& lines, int64_t n, int64_t k, int64_t end, const Pass<S>& p,
-               Sum<S>* out) {
+               Sum<S>* out, bool fresh) {
   using A = Sum<S>;
   using V = Vector<A, L>;
   constexpr int T = NV * L;
@@ -63,8 +64,6 @@ void pass_line(const Lines& lines, int64_t n, int64_t k, int64_t end, const Pass
   }
   for (; k < end; k += L) {
     const int64_t count = least<int64_t>(L, end - k);
-    if (kBoth && p.first)
-      for (int64_t i = k; i < k + count; ++i) p.gathered[i] = widen(p.values[order[i]]);
     const auto meet_at = [&](int i) __attribute__((always_inline)) {
       const A* row = p.other + int64_t{lines.index[k + i]} * T;
       keep(row);
@@ -91,9 +90,13 @@ void pass_line(const Lines& lines, int64_t n, int64_t k, int64_t end, const Pass
       for (int64_t i = 0; i < count; ++i) round_to(p.dvalues + order[k + i], lanes[i]);
     }
   }
-  if (kBoth)
+  if (kBoth && fresh) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) store<L>(out + v * L, sum[v]);
+  } else if (kBoth) {
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) store<L>(out + v * L, load<L>(out + v * L) + sum[v]);
+  }
 }
 
 // The operand whose features are the lines (own), the one that is gathered (other), results.
@@ -121,25 +124,28 @@ void pass_chunk(const Grads<S>& g, const Batch<Sum<S>, kGradVectors>& batch, con
       constexpr int L = tile.L, NV = tile.NV, T = tile.T;
       pass.own = own + (row - round.begin) * g.own_width;
       pass.other = other + (row - round.begin) * g.other_width;
-      if (kBoth)
-        for (int64_t i = 0; i < (last - first) * T; i += L) store<L>(sum + i, Vector<A, L>{});
       const int32_t* begins = starts;
       for (int64_t s = 0; s < slices.count; ++s, begins += g.lines.lines) {
         const int32_t* ends = begins + g.lines.lines;
+        const auto gather_values = [&](int64_t n) {
+          if (!kBoth || !pass.first || n >= last) return;
+          if (n + 1 < last) fetch(g.lines.order, begins[n + 1], each);
+          for (int64_t k = begins[n]; k < ends[n]; ++k) pass.gathered[k] = widen(pass.values[g.lines.order[k]]);
+        };
+        gather_values(first);
         for (int64_t n = first; n < last; ++n) {
+          gather_values(n + 1);
           if (slices.count > 1 && n + 1 < last) {
             fetch(g.lines.index, begins[n + 1], each);
             if (!pass.first) fetch(pass.dots, begins[n + 1], each);
             if (kBoth && !pass.first) fetch(pass.gathered, begins[n + 1], each);
-            if (kBoth && (pass.first || pass.last)) fetch(g.lines.order, begins[n + 1], each);
+            if (kBoth && pass.last) fetch(g.lines.order, begins[n + 1], each);
           }
-          pass_line<L, NV, kBoth>(g.lines, n, begins[n], ends[n], pass, sum + (n - first) * T);
+          pass_line<L, NV, kBoth>(g.lines, n, begins[n], ends[n], pass, sum + (n - first) * T, s == 0);
         }
       }
       if (kBoth)
-        for (int64_t n = first; n < last; n += L)
-          unpack_tile<L, NV, S>(sum + (n - first) * T, row, g.m, g.own_width, n,
-                                least<int64_t>(L, last - n), nullptr, Activation::none, g.dx);
+        unpack_tile<L, NV, S>(sum, row, g.m, g.own_width, first, last, nullptr, Activation::none, g.dx);
     });
   }
   if (batch.count == 0)
@@ -174,7 +180,7 @@ bool unstructured_outer(const Grads<S>& g, const Pool& pool) {
     if (task / slabs == round.last - round.first) {
       const int64_t first = line_of_part(lines, s, slabs), last = line_of_part(lines, s + 1, slabs);
       if (!in_range(lines, first, last)) return wrong.raise();
-      find_starts(lines, slices, first, last, starts);
+      find_starts(lines, slices, first, last, kLanes<A>, starts);
       return;
     }
     batch.visit(round.first + task / slabs, [&](auto tile, int64_t row) {

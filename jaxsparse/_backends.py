@@ -24,7 +24,7 @@ BACKENDS: dict[str, ModuleType] = {
 }
 OPS = _xla.OPS
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-_READ_16_BIT = ("triton", "interpret")  # those whose kernels read 16-bit indices of single entries as they are
+_TAKE_16_BIT = ("cpu", "triton", "interpret")  # those that take 16-bit indices of single entries as they are
 
 
 def check_name(backend: str | None) -> None:
@@ -65,7 +65,7 @@ def kernel(work: Workload, backend: str | None, platform: str) -> Callable[..., 
     """
     backend = choose(work, backend, platform)
     function = getattr(BACKENDS[backend], work.op)
-    if is_unstructured(work.block) and backend in _READ_16_BIT:
+    if is_unstructured(work.block) and backend in _TAKE_16_BIT:
         return function
     return lambda *operands, **options: function(*jax.tree.map(_widened, operands), **options)
 

@@ -9,6 +9,8 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from jaxsparse._measured import FAR
+
 if TYPE_CHECKING:
     from jaxsparse._devices import Devices, Gpu
 
@@ -58,7 +60,11 @@ def _backends(found: Devices) -> Table:
 
 
 def _results(gpu: Gpu) -> Group:
-    title = f"Measured on {escape(gpu.kind)}: what backend=None picks near these workloads"
+    title = (
+        f"Measured on {escape(gpu.kind)}: what backend=None picks for these workloads. Another goes by the nearest of "
+        f"its product and dtype, up to {FAR} doublings of rows, density and sides of blocks away; beyond, and a batch "
+        "of symbolic size, to XLA."
+    )
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("product", "dtype", "block", "rows", "density", "back end", "times as fast as XLA", "run"):
         table.add_column(name, justify="left" if name in ("product", "dtype", "block", "back end", "run") else "right")

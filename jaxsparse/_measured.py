@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from jaxsparse._sizes import is_unstructured
 
 TABLE = Path(__file__).with_name("measured.json")  # {kind of GPU: [fields of a Result]}
-_FAR = 4  # doublings of rows, density and sides of blocks, all together, over which no result speaks
+FAR = 4  # doublings of rows, density and sides of blocks, all together, over which no result speaks
 
 
 class Workload(NamedTuple):
@@ -49,7 +49,7 @@ def nearest(kind: str, work: Workload) -> Result | None:
         (_distance(work, r.workload), k) for k, r in enumerate(_results().get(kind, ())) if _alike(work, r.workload)
     ]
     least, k = min(near, default=(math.inf, -1))
-    return _results()[kind][k] if least <= _FAR else None
+    return _results()[kind][k] if least <= FAR else None
 
 
 def results(kind: str) -> tuple[Result, ...]:

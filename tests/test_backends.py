@@ -1,5 +1,6 @@
 """Back ends are chosen per platform, never in silence when named, and the chosen kernel is in the program."""
 
+import dataclasses
 import inspect
 
 import jax
@@ -56,6 +57,31 @@ def test_both_gradients_of_an_unstructured_weight_are_one_kernel_and_one_alone_i
     weight = jax.jit(jax.grad(loss, 1)).lower(X, values).as_text()
     assert "jaxsparse_cpu_spmm_grads" in both
     assert "jaxsparse_cpu_spmm_grads" not in weight and "jaxsparse_cpu_sddmm" in weight
+
+
+@needs_cpu
+@pytest.mark.parametrize("backend", [None, "cpu"])
+@pytest.mark.parametrize("batch", [(), (1,), (1, 1), (2,)], ids=str)
+def test_a_program_of_one_row_reads_indices_of_16_bits_as_they_are(batch, backend):
+    pattern = BlockPattern.random(jax.random.key(0), (48, 32), density=0.3)
+    pattern = dataclasses.replace(pattern, row_index=pattern.row_index.astype(jnp.uint16))
+    w, bias = jnp.ones(pattern.values_shape), jnp.ones(32)
+
+    def product(x, w, p, b=None):
+        return spmm(x, w, p, b, activation="gelu", backend=backend)
+
+    def texts(f, *operands):
+        lowered = jax.jit(f).lower(*operands)
+        both = lowered.as_text(), lowered.compile().as_text()
+        assert all("jaxsparse_cpu_spmm" in text for text in both)
+        return both
+
+    x, dy = (jnp.ones((*batch, features)) for features in pattern.shape)
+    for text in texts(product, x, w, pattern, bias):
+        assert ("convert" in text) == (batch == (2,))
+    as_constant = texts(lambda x, w, b: product(x, w, pattern, b), x, w, bias)
+    assert "convert" not in as_constant[1]
+    assert not any("convert" in text for text in texts(product, dy, w, pattern.T))
 
 
 def test_a_program_for_another_platform_has_no_cpu_kernel():

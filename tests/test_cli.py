@@ -127,6 +127,7 @@ def test_devices_shows_what_was_measured_on_the_gpu_here(monkeypatch, tmp_path):
     _measured._results.cache_clear()
     found = dataclasses.replace(jaxsparse.devices(), gpus=tuple(gpus))
     assert "Measured on NVIDIA H100" in str(found) and "3.25" in str(found)
+    assert "the nearest of its product and dtype, up to 4 doublings" in " ".join(str(found).split())
     assert "No measurement of another: XLA is the default on it." in str(found)
     assert found.as_dict()["gpus"][0]["results"][0]["workload"]["rows"] == 4096
 

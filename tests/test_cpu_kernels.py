@@ -274,6 +274,50 @@ def test_a_bad_index_is_an_error_with_its_numbers(isa, block, field, value, tran
             jax.block_until_ready(call)
 
 
+def of_16_bits(index):
+    return with_(index, row_index=index.row_index.astype(np.uint16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_index_of_16_bits_gives_the_same_bits(dtype):
+    """Read as it is by a product of one row, widened for all else."""
+    cases = [Case(m, (300, 70), (1, 1), 0.3, dtype) for m in (0, 1, 2, 17)]
+
+    def finished(case, x, blocks, index):
+        index, finish = types.SimpleNamespace(**index), {"bias": case.bias, "activation": "relu"}
+        return {"finished y": ck.spmm(x, blocks, index, **case.sizes, **finish)}
+
+    @jax.jit
+    def program(all):
+        return [
+            products(case, x, dy, blocks, index) | finished(case, x, blocks, index)
+            for case, (x, dy, blocks, index) in zip(cases, all, strict=True)
+        ]
+
+    def relu(times, x, w, bias):
+        return np.maximum(times(x, w) + bias, 0)
+
+    wanted = [case.wanted | {"finished y": both(dtype, relu, case.x, case.dense, case.bias)} for case in cases]
+    for isa in each_isa_here():
+        wide, narrow = (
+            program([(case.x, case.dy, case.blocks, vars(change(case.index))) for case in cases])
+            for change in (with_, of_16_bits)
+        )
+        for case, true, found, same in zip(cases, wanted, narrow, wide, strict=True):
+            for name, value in found.items():
+                assert_close(value, true[name], f"{name}, {isa}, batch {len(case.x)}")
+                assert np.array_equal(value, same[name])
+
+
+def test_a_bad_index_of_16_bits_is_an_error_with_its_numbers(isa):
+    case = Case(200, (64, 64), (1, 1), 0.5, "float32")
+    for value in (64, 2**16 - 1):
+        bad = of_16_bits(with_(case.index, row_index=first_set_to(case.index.row_index, value)))
+        for rows in (1, 64, 200):  # as it is, and widened
+            with pytest.raises(Exception, match=rf"index {value} of entry 0 is not in \[0, 64\)"):
+                jax.block_until_ready(ck.spmm(case.x[:rows], case.blocks, bad, **case.sizes))
+
+
 def test_bad_shapes_and_dtypes_are_errors_with_their_numbers():
     case = Case(8, (64, 48), (8, 8), 0.5, "float32")
     with pytest.raises(Exception, match=r"x has shape \[8, 48\], needs \[8, 64\]"):
@@ -281,6 +325,9 @@ def test_bad_shapes_and_dtypes_are_errors_with_their_numbers():
     with pytest.raises(Exception, match="blocks is bfloat16, needs float32"):
         halves = case.blocks.astype(jnp.bfloat16)
         jax.block_until_ready(ck.spmm(case.x, halves, case.index, **case.sizes))
+    with pytest.raises(Exception, match="the index is another dtype, needs int32"):
+        longs = with_(case.index, row_index=case.index.row_index.astype(np.int64))
+        jax.block_until_ready(ck.spmm(case.x, case.blocks, longs, **case.sizes))
 
 
 def test_vmap_maps_one_product_at_a_time():

@@ -139,7 +139,7 @@ TABLE = {
     "jaxsparse/_memory.py": set(),
     "jaxsparse/_devices.py": {"jax", "torch", "cpu_kernels", "jaxsparse._backends", "jaxsparse._measured"}
     | {"jaxsparse._devices_table", "jaxsparse._text"},
-    "jaxsparse/_devices_table.py": {"rich", "jaxsparse._devices"},
+    "jaxsparse/_devices_table.py": {"rich", "jaxsparse._devices", "jaxsparse._measured"},
     "jaxsparse/_picture.py": {"jax", "numpy", "matplotlib", "jaxsparse.formats"},
     "jaxsparse/_matrices.py": {"jax", "numpy", "orbax", "etils", "jaxsparse.checkpoint", "jaxsparse.files"} | FORMATS,
     "jaxsparse/_findings.py": {"numpy", "jaxsparse._matrices", "jaxsparse._norms", "jaxsparse.formats"},

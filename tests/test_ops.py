@@ -1,5 +1,6 @@
 """Ops against the oracle, the allowed error set by the dense product; and what they refuse."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -80,6 +81,22 @@ def test_the_transposed_view_multiplies_by_the_transpose(case, backend):
     skip_unless_it_runs(backend, pattern)
     f = lambda x, w, b: spmm(x, w, pattern, b, backend=backend)  # noqa: E731
     check(f, *testing.inputs(case, pattern, jnp.float32), pattern)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=label)
+@pytest.mark.parametrize("batch", mostly_slow([(1,), (), (5,)]), ids=str)
+def test_a_pattern_with_indices_of_16_bits(batch, dtype):
+    """By the back end that is picked; test_pallas_triton.py has others."""
+    wide = testing._holes((90, 130))()
+    narrow = dataclasses.replace(wide, row_index=wide.row_index.astype(jnp.uint16))
+    product = jax.jit(functools.partial(spmm, activation="gelu"))
+    for pattern, same in ((narrow, wide), (narrow.T, wide.T)):
+        given = testing.inputs(testing.Case("", lambda: wide, batch), same, dtype)
+        check(lambda x, w, b, pattern=pattern: spmm(x, w, pattern, b), *given, same)
+        x, w, bias, _ = given
+        y, constant = product(x, w, pattern, bias), jax.jit(lambda x, w, b, p=pattern: product(x, w, p, b))
+        np.testing.assert_array_equal(y, product(x, w, same, bias))
+        np.testing.assert_array_equal(y, constant(x, w, bias))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import run
 
 from jaxsparse import BlockPattern, _backends, reference, spmm, testing
 from pallas_kernels import interpret, triton
@@ -119,8 +119,7 @@ def test_indices_of_16_bits_give_the_same_bits(backend):
 @pytest.mark.skipif(not COMPILER, reason="triton: JAXSPARSE_GPU_COMPILER names no folder with XLA's compiler for GPUs")
 def test_compiled_kernels_spill_nothing_and_gather_whole_rows_or_use_tensor_cores(tmp_path):
     command = [sys.executable, Path(__file__).with_name("triton_compiled.py"), COMPILER, tmp_path]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    done = run(command, {"PYTHONPATH": str(Path(__file__).parents[1])})
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
     assert "register spilling" in result.pop("a tile that is too large")["refused"]

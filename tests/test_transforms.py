@@ -1,5 +1,6 @@
 """Every op under jit, grad, vmap, scan, remat and gradients of gradients; how often it compiles; what it allocates."""
 
+import dataclasses
 import functools
 
 import jax
@@ -45,6 +46,23 @@ def test_vmap_over_x_blocks_and_pattern_in_any_combination(axes, block):
         want = jax.grad(lambda x, w, p: (spmm(x, w, p) ** 2).sum(), (0, 1))(*one)
         close(grads[0][k], want[0])
         close(grads[1][k], want[1])
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("axes", [(0, None, None), (None, 0, None), (None, None, 0), (0, 0, 0)])
+def test_vmap_and_gradients_with_indices_of_16_bits_give_the_same_bits(axes, rows):
+    wide = [make(k, 1) for k in range(3)]
+    narrow = [dataclasses.replace(p, row_index=p.row_index.astype(jnp.uint16)) for p in wide]
+    x, blocks = operands(wide[0], (3,))
+    loss = lambda x, w, p: (spmm(x, w, p) ** 2).sum()  # noqa: E731
+
+    @jax.jit
+    def found(*args):
+        args = [a if axis == 0 else jax.tree.map(lambda leaf: leaf[0], a) for a, axis in zip(args, axes, strict=True)]
+        return [jax.vmap(f, axes)(*args) for f in (spmm, jax.grad(loss, (0, 1)), jax.hessian(loss))]
+
+    x = x[:, :rows]
+    jax.tree.map(np.testing.assert_array_equal, found(x, blocks, stack(narrow)), found(x, blocks, stack(wide)))
 
 
 def test_vmap_of_the_block_diagonal_product_and_of_sddmm():

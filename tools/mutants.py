@@ -80,6 +80,13 @@ MUTANTS = [
         "tests/test_n_m.py::test_a_layer_computes_its_dense_matrix_and_starts_at_zero_beyond_the_edge",
     ),
     Mutant(
+        "cpu: one row has its indices of 16 bits widened",
+        "cpu_kernels/__init__.py",
+        "elif x.shape[0] == 1 and tuple(block) == (1, 1):",
+        "elif False:",
+        "tests/test_backends.py::test_a_program_of_one_row_reads_indices_of_16_bits_as_they_are",
+    ),
+    Mutant(
         "products: a batch of rows is a loop over them",
         "jaxsparse/products/_rules.py",
         "        if mapped != list(rows):",

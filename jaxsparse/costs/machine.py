@@ -28,7 +28,7 @@ from jaxsparse.costs.racing import take_turns
 FRAMEWORKS = {"jax": "jaxsparse.costs._in_jax", "torch": "torch_bridge.costs"}  # what is timed there, by name
 _PACKAGES = {"jax": ("jax", "jaxlib"), "torch": ("torch",)}
 _FORMAT = 1  # of the files, and of what is measured
-_CHOOSE_ISA = (
+CHOOSE_ISA = (
     "JAXSPARSE_CPU_ISA",
     "XLA_FLAGS",
     "ONEDNN_MAX_CPU_ISA",
@@ -110,7 +110,7 @@ def profile(torch: bool = False) -> Profile:
     Raises:
       ImportError: where the framework is not installed.
     """
-    return _known("torch" if torch else "jax", tuple(os.environ.get(name, "") for name in _CHOOSE_ISA))
+    return _known("torch" if torch else "jax", tuple(os.environ.get(name, "") for name in CHOOSE_ISA))
 
 
 def is_known(torch: bool = False) -> bool:
@@ -241,7 +241,7 @@ def cpu_name() -> str:
 def _key(framework: str) -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = [_version(package) for package in _PACKAGES[framework]]
-    chosen = [os.environ.get(name, "") for name in _CHOOSE_ISA]
+    chosen = [os.environ.get(name, "") for name in CHOOSE_ISA]
     text = json.dumps([_FORMAT, platform.node(), cpu_name(), cores, sys.version_info[:2], versions, chosen])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -38,7 +38,8 @@ class BlockPattern:
 
     Attributes:
       col_ptr: int32 [grid_out + 1], entries of block column c are col_ptr[c] to col_ptr[c + 1].
-      row_index: int32 [nnzb], the block row of each entry, ascending within its column; uint16 too (docs/gpu.md).
+      row_index: int32 [nnzb], the block row of each entry, ascending within its column; uint16 too
+        (docs/performance.md, docs/gpu.md).
       row_ptr: int32 [grid_in + 1], the same bounds by block row.
       col_index: int32 [nnzb], the block column of each entry, row by row.
       order: int32 [nnzb], where in `blocks` the entries of `col_index` are.

@@ -100,9 +100,10 @@ def for_gather(
 ) -> Gather | Union:
     """The configuration of y [m, lines * width], summed over nnzb blocks [inner, width] of x [m, features]; where
     nnzb is None, no two lines read the same source."""
-    density = (nnzb or lines) * inner / (lines * features)
-    measured = _measured(kind).get(key("gather", m, density, inner, width)) if _wanted.get() == "any" else None
-    return measured or next(candidates_for_gather(m, features, inner, width, lines, nnzb))
+    measured = None
+    if nnzb is not None and _wanted.get() == "any":  # what was measured are blocks at random
+        measured = _measured(kind).get(key("gather", m, nnzb * inner / (lines * features), inner, width))
+    return _of_kind(measured, list(candidates_for_gather(m, features, inner, width, lines, nnzb)))
 
 
 def line_by_line() -> contextlib.AbstractContextManager[None]:
@@ -129,9 +130,15 @@ def for_sample(
 ) -> Sample | Supertile:
     """The configuration of nnzb sampled blocks [i, o], in so many block rows and columns, summed over m; where
     `columns` is None, no two blocks share a row or a column."""
-    name = key("sample", m, nnzb / (rows * (columns or rows)), i, o)
-    measured = None if _wanted.get() == "line by line" else _measured(kind).get(name)
-    return measured or next(candidates_for_sample(m, i, o, nnzb, rows, columns))
+    measured = None
+    if columns is not None and _wanted.get() != "line by line":
+        measured = _measured(kind).get(key("sample", m, nnzb / (rows * columns), i, o))
+    return _of_kind(measured, list(candidates_for_sample(m, i, o, nnzb, rows, columns)))
+
+
+def _of_kind(measured: Any, candidates: list[Any]) -> Any:
+    """What was measured, unless its kernel isn't worth trying here, as on matrices with too little work for it."""
+    return measured if type(measured) in {type(candidate) for candidate in candidates} else candidates[0]
 
 
 def candidates_for_gather(
@@ -369,6 +376,13 @@ def _deepest(config):
 def _divisor(size: int, most: int) -> int:
     """The largest power of two up to `most` that divides `size`."""
     return min(most, size & -size)
+
+
+def write(kind: str, best: dict[str, dict[str, int]]) -> None:
+    """Keeps configurations, as fields by `key`, that were the best on a kind of GPU."""
+    table = json.loads(MEASURED.read_text()) if MEASURED.exists() else {}
+    MEASURED.write_text(json.dumps(table | {kind: table.get(kind, {}) | best}, indent=1) + "\n")
+    _measured.cache_clear()
 
 
 @functools.cache
