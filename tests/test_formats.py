@@ -163,7 +163,8 @@ def test_a_pattern_is_a_pytree_whose_static_part_is_its_sizes():
     assert jax.tree.structure(make(0)) != jax.tree.structure(make(0).T)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(make(0))]
     assert all("64x64_by_16x16" in path for path in paths)
-    assert "BlockPattern(64x64" in repr(jax.tree.map(lambda _: None, make(0)))
+    for other in (None, np.dtype("int32"), 3):  # as trees of specs, dtypes and places have
+        assert "BlockPattern(64x64" in repr(jax.tree.map(lambda _, other=other: other, make(0)))
     assert repr(make(0)) == "BlockPattern(64x64, block=(16, 16), nnzb=8, density=0.5)"
 
 

@@ -70,7 +70,7 @@ class BlockPattern:
 
     def __repr__(self) -> str:
         rows, cols = self.shape
-        if not hasattr(self.row_index, "shape"):  # a tree of None or of specs
+        if not getattr(self.row_index, "shape", ()):  # a tree of None, of specs or of dtypes
             return f"BlockPattern({rows}x{cols}, block={self.block})"
         view = ", transposed" * self.transposed
         return f"BlockPattern({rows}x{cols}, block={self.block}, nnzb={self.nnzb}, density={self.density:.3g}{view})"
