@@ -35,9 +35,9 @@ def is_direct(x: Tensor, w: Tensor, backend: str | None) -> bool:
 def is_torchs(matrix: Diagonal, x: Tensor, w: Tensor, backend: str | None) -> bool:
     """Whether a layer's product is torch's own operators and nothing else, under torch.func's transforms too. Graphs
     hold the operator instead, whoever trains."""
-    if type(x) is not Tensor or not matrix.is_torchs(x) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype != w.dtype or _watch.any_autocast():
         return False
-    return x.dtype == w.dtype and not _watch.any_autocast() and is_direct(x, w, backend)
+    return matrix.is_torchs(x) and is_direct(x, w, backend)
 
 
 def goes_to_onnx() -> bool:
