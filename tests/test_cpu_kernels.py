@@ -233,8 +233,8 @@ def test_empty_lines_are_zero_and_full_ones_dense(isa, block, density):
 
 @pytest.mark.parametrize(
     "m, shape, block",
-    [(200, (1000, 900), (1, 1)), (200, (1000, 900), (32, 32)), (27_000, (160, 16), (1, 1))],
-    ids=["single entries", "blocks", "a batch of several rounds"],
+    [(200, (1000, 900), (1, 1)), (200, (1000, 900), (32, 32)), (27_000, (160, 16), (1, 1)), (130, (24, 2070), (1, 1))],
+    ids=["single entries", "blocks", "a batch of several rounds", "a last slice of few entries"],
 )
 def test_large_problems_are_right_the_same_bits_again_and_of_whole_numbers_exact(m, shape, block):
     for whole in (True, False):
